@@ -1,0 +1,86 @@
+"""One step of a group as plain data: what the scheduler decides and what comes back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from router.core.request import Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """A seat begins: `blocks` are the prefix hits at the head of its table, holding `num_cached_tokens` tokens."""
+
+    seat: int
+    blocks: list[int]
+    num_cached_tokens: int
+    num_prompt_tokens: int
+    sampling: Sampling
+    history: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One sequence's part in a step.
+
+    `literals` holds the row's `num_tokens` token ids, or is empty when the row feeds the seat's last sampled token.
+    `targets` are the tokens that follow the row's leading tokens, asked for prompt logprobs.
+    """
+
+    seat: int
+    num_tokens: int
+    literals: list[int]
+    new_blocks: list[int]
+    emit: bool
+    targets: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What all ranks do in one step, in this order: closes, opens, then every row in one forward pass."""
+
+    step: int
+    closes: list[int]
+    opens: list[Open]
+    rows: list[Row]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(row.num_tokens for row in self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """A token a row emitted, with log-probabilities (natural log) under the model's raw logits."""
+
+    token_id: int
+    logprob: float
+    top_tokens: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RowOutput:
+    """What one row of the plan gave. A row with a `fault` emits nothing and its sequence cannot go on."""
+
+    tokens: tuple[SampledToken, ...] = ()
+    target_logprobs: tuple[float, ...] = ()
+    fault: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Where a step's time went on rank 0, in microseconds."""
+
+    wait_us: int = 0
+    inputs_us: int = 0
+    forward_us: int = 0
+    sample_us: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """Rank 0's answer to a plan: one `RowOutput` per row, in the plan's order."""
+
+    step: int
+    rows: list[RowOutput]
+    timings: Timings = Timings()

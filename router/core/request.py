@@ -1,0 +1,118 @@
+"""What a client asked for, and the one sequence of tokens that grows out of it.
+
+A `Request` is frozen: validation has filled in every default. A `Sequence` is the only mutable thing the scheduler
+works on, and the only record of a generation: a shard's state can be rebuilt from it at any time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class FinishReason(Enum):
+    """Why a sequence ended; the values are the native API's words."""
+
+    LENGTH = "length"
+    EOS_TOKEN = "eos_token"
+    STOP_SEQUENCE = "stop_sequence"
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are chosen. Defaults are neutral: each rule is off."""
+
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    typical_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    seed: int = 0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    watermark_gamma: float = 0.0
+    watermark_delta: float = 0.0
+    top_n_tokens: int = 0
+    no_repeat_ngram_size: int = 0
+    min_new_tokens: int = 0
+    bad_words: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether choosing a token needs the tokens before it, beyond the model's own logits."""
+        return (
+            self.repetition_penalty != 1.0
+            or self.frequency_penalty != 0.0
+            or self.presence_penalty != 0.0
+            or self.watermark_delta != 0.0
+            or self.no_repeat_ngram_size > 0
+            or bool(self.bad_words)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A client's validated demand for one sequence (best_of and n make several)."""
+
+    request_id: str
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    sampling: Sampling = field(default_factory=Sampling)
+    eos_token_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
+    keep_stop: bool = True
+    """Whether the text up to and including a stop string is kept (native API) or ends before it (OpenAI's)."""
+    prompt_logprobs: bool = False
+    priority: int = 0
+    """Higher is served first."""
+    cache_salt: bytes = b""
+    """Prefix-cache blocks are shared only between requests of equal salt."""
+
+
+class SequenceState(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One growing list of tokens and where the scheduler stands with it.
+
+        tokens   [ prompt ............ | generated ..... ] (in flight: sampled on the device, not yet known here)
+                 [ num_planned .................. ]         KV written by plans already sent
+    """
+
+    request: Request
+    tokens: list[int]
+    state: SequenceState = SequenceState.WAITING
+    arrival: int = 0
+    """Order of arrival among the scheduler's sequences; ties of priority are broken by it."""
+    seat: int | None = None
+    blocks: list[int] = field(default_factory=list)
+    num_planned: int = 0
+    num_in_flight: int = 0
+    """Tokens being sampled by plans whose step has not returned."""
+    num_registered_blocks: int = 0
+    """Leading blocks already in the prefix index."""
+    block_keys: list[bytes] = field(default_factory=list)
+    """Prefix-index keys of the leading full blocks, computed once."""
+    num_prompt_scored: int = 0
+    """Prompt logprobs already received, so that a replay does not ask twice."""
+    num_hit_tokens: int = 0
+    """Tokens found in the prefix index when first admitted."""
+    num_preemptions: int = 0
+    num_deaths: int = 0
+    """Group deaths in a row at which this sequence was in flight, without a token in between."""
+    finish_reason: FinishReason | None = None
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.request.prompt)
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - len(self.request.prompt)

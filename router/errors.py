@@ -1,0 +1,70 @@
+"""Everything that can go wrong for a client, as one tree; `api` maps it to a status in one place.
+
+    RouterError
+    ├── ValidationError        422  the request can never be served as it stands
+    ├── Overloaded             429  not now
+    ├── NotReady               503  the group is loading or restarting, or we are shutting down
+    ├── GenerationFailed       424  this request failed on the shards
+    └── IncompleteGeneration   500  a stream ended without a finish reason
+    GroupLost                       the engine's own: a group's epoch is over and its sequences are replayed
+    StartupError                    the process cannot start; one line says why
+"""
+
+from __future__ import annotations
+
+
+class RouterError(Exception):
+    """A failure a client is told about: `status` is HTTP's, `error_type` the contract's name for it."""
+
+    status = 500
+    error_type = "internal"
+
+
+class ValidationError(RouterError):
+    """`Input validation error: ` + the rule that was broken, with the limit and the value given."""
+
+    status = 422
+    error_type = "validation"
+
+    def __init__(self, rule: str) -> None:
+        super().__init__(f"Input validation error: {rule}")
+
+
+class Overloaded(RouterError):
+    """No room. `retry_after_s` comes from the measured drain rate."""
+
+    status = 429
+    error_type = "overloaded"
+
+    def __init__(self, retry_after_s: int = 1) -> None:
+        super().__init__("Model is overloaded")
+        self.retry_after_s = retry_after_s
+
+
+class NotReady(RouterError):
+    status = 503
+    error_type = "healthcheck"
+
+
+class GenerationFailed(RouterError):
+    status = 424
+    error_type = "generation"
+
+    def __init__(self, cause: str) -> None:
+        super().__init__(f"Request failed during generation: {cause}")
+
+
+class IncompleteGeneration(RouterError):
+    status = 500
+    error_type = "incomplete_generation"
+
+    def __init__(self) -> None:
+        super().__init__("Incomplete generation")
+
+
+class GroupLost(Exception):
+    """A group's epoch ended: a lost stream, a missed deadline, a fault, or an answer that makes no sense."""
+
+
+class StartupError(Exception):
+    """Why the process cannot start, in one line."""

@@ -1,0 +1,110 @@
+"""Plans and outputs to and from the wire: the router's only code that knows protobuf messages field by field."""
+
+from __future__ import annotations
+
+from proto import shard_pb2 as pb
+from router.core.plan import Open, RowOutput, SampledToken, StepOutput, StepPlan, Timings
+from router.core.request import Sampling
+from router.errors import GroupLost
+
+
+def encode_plan(plan: StepPlan) -> pb.StepPlan:
+    """Columns and deltas; a plan of 256 rows is about 1 KB."""
+    rows = plan.rows
+    return pb.StepPlan(
+        step=plan.step,
+        closes=plan.closes,
+        opens=[_encode_open(o) for o in plan.opens],
+        row_seat=[row.seat for row in rows],
+        row_num_tokens=[row.num_tokens for row in rows],
+        row_num_literals=[len(row.literals) for row in rows],
+        row_num_new_blocks=[len(row.new_blocks) for row in rows],
+        row_emit=[row.emit for row in rows],
+        row_num_targets=[len(row.targets) for row in rows],
+        literals=[token for row in rows for token in row.literals],
+        new_blocks=[block for row in rows for block in row.new_blocks],
+        targets=[token for row in rows for token in row.targets],
+    )
+
+
+def _encode_open(open_: Open) -> pb.Open:
+    return pb.Open(
+        seat=open_.seat,
+        blocks=open_.blocks,
+        num_cached_tokens=open_.num_cached_tokens,
+        num_prompt_tokens=open_.num_prompt_tokens,
+        sampling=_encode_sampling(open_.sampling),
+        history=open_.history,
+    )
+
+
+def _encode_sampling(sampling: Sampling) -> pb.Sampling:
+    return pb.Sampling(
+        do_sample=sampling.do_sample,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        typical_p=sampling.typical_p,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        presence_penalty=sampling.presence_penalty,
+        seed=sampling.seed,
+        bias_token_ids=[token for token, _ in sampling.logit_bias],
+        bias_values=[value for _, value in sampling.logit_bias],
+        watermark_gamma=sampling.watermark_gamma,
+        watermark_delta=sampling.watermark_delta,
+        top_n_tokens=sampling.top_n_tokens,
+        no_repeat_ngram_size=sampling.no_repeat_ngram_size,
+        min_new_tokens=sampling.min_new_tokens,
+        bad_words=[pb.TokenRun(token_ids=run) for run in sampling.bad_words],
+    )
+
+
+def decode_output(message: pb.StepOutput, plan: StepPlan, vocab_size: int) -> StepOutput:
+    """Cuts the ragged columns along the plan's rows.
+
+    Raises `GroupLost` when the answer does not fit the plan: a wrong length, a token outside the vocabulary, a token
+    from a row that should not emit. Such a rank cannot be trusted with anything else it says.
+    """
+    try:
+        return _decode_output(message, plan, vocab_size)
+    except (IndexError, ValueError) as error:
+        raise GroupLost(f"step {plan.step}: the answer does not fit the plan: {error}") from error
+
+
+def _decode_output(message: pb.StepOutput, plan: StepPlan, vocab_size: int) -> StepOutput:
+    if message.step != plan.step:
+        raise ValueError(f"it is numbered {message.step}")
+    if len(message.row_num_emitted) != len(plan.rows):
+        raise ValueError(f"{len(message.row_num_emitted)} rows for {len(plan.rows)}")
+    faults = {fault.row: fault.message for fault in message.row_faults}
+    token_ids, logprobs, num_top = list(message.token_ids), list(message.logprobs), list(message.num_top)
+    top_ids, top_logprobs = list(message.top_token_ids), list(message.top_logprobs)
+    target_logprobs = list(message.target_logprobs)
+    if token_ids and max(token_ids) >= vocab_size:
+        raise ValueError(f"token {max(token_ids)} in a vocabulary of {vocab_size}")
+    rows: list[RowOutput] = []
+    token = top = target = 0
+    for index, (row, num_emitted) in enumerate(zip(plan.rows, message.row_num_emitted, strict=True)):
+        fault = faults.get(index)
+        if bool(num_emitted) != (row.emit and fault is None):
+            raise ValueError(f"row {index} emitted {num_emitted} tokens")
+        sampled = []
+        for _ in range(num_emitted):
+            end = top + num_top[token]
+            tops = tuple(zip(top_ids[top:end], top_logprobs[top:end], strict=True)) if end > top else ()
+            sampled.append(SampledToken(token_ids[token], logprobs[token], tops))
+            token, top = token + 1, end
+        scored = tuple(target_logprobs[target : target + len(row.targets)])
+        target += len(row.targets)
+        rows.append(RowOutput(tuple(sampled), scored, fault))
+    given = (len(token_ids), len(logprobs), len(num_top), len(top_ids), len(top_logprobs), len(target_logprobs))
+    if given != (token, token, token, top, top, target):
+        raise ValueError(f"ragged columns of {given} entries")
+    timings = message.timings
+    return StepOutput(
+        plan.step,
+        rows,
+        Timings(timings.wait_us, timings.inputs_us, timings.forward_us, timings.sample_us),
+    )
