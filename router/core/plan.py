@@ -1,8 +1,12 @@
-"""One step of a group as plain data: what the scheduler decides and what comes back."""
+"""One step of a group as plain data: what the scheduler decides and what comes back.
+
+What exists once per row and step is a named tuple: they are made twice as fast as frozen dataclasses.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from router.core.request import Sampling
 
@@ -19,8 +23,7 @@ class Open:
     history: list[int]
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """One sequence's part in a step.
 
     `literals` holds the row's `num_tokens` token ids, or is empty when the row feeds the seat's last sampled token.
@@ -49,8 +52,7 @@ class StepPlan:
         return sum(row.num_tokens for row in self.rows)
 
 
-@dataclass(frozen=True, slots=True)
-class SampledToken:
+class SampledToken(NamedTuple):
     """A token a row emitted, with log-probabilities (natural log) under the model's raw logits."""
 
     token_id: int
@@ -58,8 +60,7 @@ class SampledToken:
     top_tokens: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class RowOutput:
+class RowOutput(NamedTuple):
     """What one row of the plan gave. A row with a `fault` emits nothing and its sequence cannot go on."""
 
     tokens: tuple[SampledToken, ...] = ()

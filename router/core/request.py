@@ -82,8 +82,8 @@ class SequenceState(Enum):
 class Sequence:
     """One growing list of tokens and where the scheduler stands with it.
 
-        tokens   [ prompt ............ | generated ..... ] (in flight: sampled on the device, not yet known here)
-                 [ num_planned .................. ]         KV written by plans already sent
+    tokens   [ prompt ............ | generated ..... ] (in flight: sampled on the device, not yet known here)
+             [ num_planned .................. ]         KV written by plans already sent
     """
 
     request: Request
@@ -104,10 +104,19 @@ class Sequence:
     """Prompt logprobs already received, so that a replay does not ask twice."""
     num_hit_tokens: int = 0
     """Tokens found in the prefix index when first admitted."""
+    num_admissions: int = 0
     num_preemptions: int = 0
     num_deaths: int = 0
     """Group deaths in a row at which this sequence was in flight, without a token in between."""
     finish_reason: FinishReason | None = None
+    max_num_tokens: int = field(init=False)
+    """Length at which the sequence ends by itself."""
+    order: tuple[int, int] = field(init=False)
+    """Place in the order of service, smallest first: higher priority, then earlier arrival. Unique."""
+
+    def __post_init__(self) -> None:
+        self.max_num_tokens = len(self.request.prompt) + self.request.max_new_tokens
+        self.order = (-self.request.priority, self.arrival)
 
     @property
     def num_prompt_tokens(self) -> int:
