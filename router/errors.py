@@ -1,23 +1,27 @@
 """Everything that can go wrong for a client, as one tree; `api` maps it to a status in one place.
 
-    RouterError
-    ├── ValidationError        422  the request can never be served as it stands
-    ├── Overloaded             429  not now
-    ├── NotReady               503  the group is loading or restarting, or we are shutting down
-    ├── GenerationFailed       424  this request failed on the shards
-    └── IncompleteGeneration   500  a stream ended without a finish reason
-    GroupLost                       the engine's own: a group's epoch is over and its sequences are replayed
-    StartupError                    the process cannot start; one line says why
+RouterError
+├── ValidationError        422  the request can never be served as it stands
+├── BadBody           400, 422  the body is not JSON, or not the JSON its route takes
+├── UnsupportedMedia       415  the body is declared to be something else than plain JSON
+├── BodyTooLarge           413  the body is above the payload limit
+├── Unauthorized           401  the API key is missing or wrong
+├── Overloaded             429  not now
+├── NotReady               503  the group is loading or restarting, or we are shutting down
+├── GenerationFailed       424  this request failed on the shards
+└── IncompleteGeneration   500  a stream ended without a finish reason
+GroupLost                       the engine's own: a group's epoch is over and its sequences are replayed
+StartupError                    the process cannot start; one line says why
 """
 
 from __future__ import annotations
 
 
 class RouterError(Exception):
-    """A failure a client is told about: `status` is HTTP's, `error_type` the contract's name for it."""
+    """A failure a client is told about: `status` is HTTP's, `error_type` the contract's name for it, if it has one."""
 
     status = 500
-    error_type = "internal"
+    error_type: str | None = "internal"
 
 
 class ValidationError(RouterError):
@@ -28,6 +32,38 @@ class ValidationError(RouterError):
 
     def __init__(self, rule: str) -> None:
         super().__init__(f"Input validation error: {rule}")
+
+
+class BadBody(RouterError):
+    """400 when the bytes are not JSON, 422 when the JSON is not what the route takes; both in serde's words."""
+
+    error_type = None
+
+    def __init__(self, status: int, problem: str) -> None:
+        failed = "parse the request body as JSON" if status == 400 else "deserialize the JSON body into the target type"
+        super().__init__(f"Failed to {failed}: {problem}")
+        self.status = status
+
+
+class UnsupportedMedia(RouterError):
+    status = 415
+    error_type = None
+
+
+class BodyTooLarge(RouterError):
+    status = 413
+    error_type = None
+
+    def __init__(self) -> None:
+        super().__init__("Failed to buffer the request body: length limit exceeded")
+
+
+class Unauthorized(RouterError):
+    status = 401
+    error_type = None
+
+    def __init__(self) -> None:
+        super().__init__("Unauthorized: the API key is missing or wrong")
 
 
 class Overloaded(RouterError):

@@ -1,0 +1,151 @@
+"""From a client's body to running sequences, and back out whatever happens.
+
+A call holds one permit per sequence from before its validation until its last byte is written; there are as many as
+`max_concurrent_requests`, and nobody waits for one. Leaving `admitted` cancels what still runs and returns the permits.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from router.config import Config
+from router.core.request import Request
+from router.engine import Finish, Generation
+from router.errors import Overloaded, ValidationError
+from router.metrics import Gauges, Metrics
+from router.text.tokenizer import Tokenizer
+from router.validate import Demand, Parameters, Validator
+
+logger = logging.getLogger(__name__)
+
+MAX_RETRY_AFTER_S: Final = 60
+DRAIN_WINDOW: Final = 32
+"""Returned permits that the drain rate is measured over."""
+
+
+class EngineLike(Protocol):
+    """The loop, as HTTP sees it."""
+
+    def submit(self, request: Request) -> Generation:
+        """Queues a request. Raises `Overloaded` or `NotReady` at once, never later for the same cause."""
+
+    @property
+    def ready(self) -> bool: ...
+
+    @property
+    def gauges(self) -> Gauges: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What the routes work with."""
+
+    config: Config
+    engine: EngineLike
+    validator: Validator
+    tokenizer: Tokenizer
+    metrics: Metrics
+    permits: Permits
+
+
+class Permits:
+    """Room for so many sequences at once."""
+
+    def __init__(self, num_permits: int) -> None:
+        self._num_permits = num_permits
+        self._num_taken = 0
+        self._returned_at: deque[float] = deque(maxlen=DRAIN_WINDOW)
+
+    @contextmanager
+    def take(self, num: int) -> Iterator[None]:
+        """Holds `num` permits. Raises `Overloaded` when there are fewer."""
+        if self._num_taken + num > self._num_permits:
+            raise Overloaded(self._retry_after_s(num))
+        self._num_taken += num
+        try:
+            yield
+        finally:
+            self._num_taken -= num
+            self._returned_at.extend([time.monotonic()] * num)
+
+    def _retry_after_s(self, num: int) -> int:
+        """Until `num` permits come back, at the pace of the last ones."""
+        if len(self._returned_at) < 2:
+            return 1
+        interval_s = (time.monotonic() - self._returned_at[0]) / len(self._returned_at)
+        return max(1, min(MAX_RETRY_AFTER_S, math.ceil(num * interval_s)))
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One client call whose sequences run."""
+
+    inputs: str
+    demand: Demand
+    generations: tuple[Generation, ...]
+    begun_at: float
+    validated_at: float
+
+    @property
+    def validation_s(self) -> float:
+        return self.validated_at - self.begun_at
+
+    @property
+    def total_s(self) -> float:
+        return time.perf_counter() - self.begun_at
+
+
+@asynccontextmanager
+async def admitted(
+    services: Services, request_id: str, inputs: str, parameters: Parameters, *, stream: bool
+) -> AsyncIterator[Call]:
+    """Validates and submits. Raises `ValidationError`, `Overloaded` or `NotReady`."""
+    begun_at = time.perf_counter()
+    try:
+        num_sequences = services.validator.num_sequences(parameters, stream=stream)
+        with services.permits.take(num_sequences):
+            demand = await services.validator.validate(inputs, parameters, request_id)
+            validated_at = time.perf_counter()
+            services.metrics.observe("tgi_request_validation_duration", validated_at - begun_at)
+            with _submitted(services.engine, demand) as generations:
+                yield Call(inputs, demand, generations, begun_at, validated_at)
+    except (ValidationError, Overloaded) as error:
+        services.metrics.count("tgi_request_failure", label=str(error.error_type))
+        raise
+
+
+@contextmanager
+def _submitted(engine: EngineLike, demand: Demand) -> Iterator[tuple[Generation, ...]]:
+    generations: list[Generation] = []
+    try:
+        for request in demand.requests:
+            generations.append(engine.submit(request))  # noqa: PERF401  what is submitted before a refusal is cancelled
+        yield tuple(generations)
+    finally:
+        for generation in generations:
+            generation.cancel()
+
+
+def log_success(call: Call, generation: Generation, finish: Finish) -> None:
+    """One line per answered call: times in milliseconds, never a prompt or a text."""
+    logger.info(
+        "Success request_id=%s input_length=%d generated_tokens=%d finish_reason=%s seed=%s total_time=%.1fms "
+        "validation_time=%.1fms queue_time=%.1fms inference_time=%.1fms time_per_token=%.1fms",
+        generation.request.request_id,
+        call.demand.input_length,
+        finish.num_generated,
+        finish.reason.value,
+        generation.request.sampling.seed if generation.request.sampling.do_sample else None,
+        call.total_s * 1e3,
+        call.validation_s * 1e3,
+        generation.queue_s * 1e3,
+        generation.inference_s * 1e3,
+        generation.inference_s * 1e3 / finish.num_generated,
+    )

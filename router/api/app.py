@@ -1,0 +1,101 @@
+"""The HTTP application: routes, keys, and one shape for every error.
+
+Whatever goes wrong on whatever route, the answer is JSON with a string `error` on top, and the status comes from one
+place: the exception. A further API joins as one more router in `create_app`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Awaitable, Callable
+
+from fastapi import Depends, FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+
+from router.api import render
+from router.api.admission import EngineLike, Permits, Services
+from router.api.middleware import Cors, RequestId
+from router.api.openapi import DocumentedApp
+from router.api.ops import health_routes, info_routes
+from router.api.sse import ClientGone
+from router.api.tgi import native_routes
+from router.config import VERSION, Config
+from router.errors import NotReady, Overloaded, RouterError, Unauthorized
+from router.metrics import Metrics
+from router.text.tokenizer import Tokenizer
+from router.validate import Validator
+
+
+def create_app(
+    config: Config, engine: EngineLike, validator: Validator, tokenizer: Tokenizer, metrics: Metrics
+) -> FastAPI:
+    """The application. It starts nothing and owns nothing: engine and tokenizer outlive it."""
+    services = Services(config, engine, validator, tokenizer, metrics, Permits(config.max_concurrent_requests))
+    app = DocumentedApp(
+        title="Shardstream",
+        version=VERSION,
+        description="Text generation with the HTTP contract of Text Generation Inference.",
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    keyed = [Depends(_key_check(config.api_key))] if config.api_key is not None else []
+    app.include_router(native_routes(services), dependencies=keyed)
+    app.include_router(info_routes(services), dependencies=keyed if config.protect_info else [])
+    app.include_router(health_routes(services))
+    app.add_exception_handler(RouterError, _refuse)
+    app.add_exception_handler(HTTPException, _refuse_route)
+    app.add_exception_handler(ClientGone, _say_nothing)
+    app.add_exception_handler(Exception, _admit_failure)
+    app.add_middleware(Cors, allow_origins=config.cors_allow_origin)
+    app.add_middleware(RequestId)
+    return app
+
+
+def _key_check(api_key: str) -> Callable[..., Awaitable[None]]:
+    """A dependency that compares `Authorization` as a whole, without regard to case, in constant time."""
+    expected = _digest(f"Bearer {api_key}")
+
+    async def check(request: Request) -> None:
+        given = request.headers.getlist("authorization")
+        if len(given) != 1 or not hmac.compare_digest(_digest(given[0]), expected):
+            raise Unauthorized
+
+    return check
+
+
+def _digest(authorization: str) -> bytes:
+    """Of equal length for every key, so that not even the length shows in the time a comparison takes."""
+    return hashlib.sha256(authorization.lower().encode()).digest()
+
+
+async def _refuse(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RouterError)
+    headers = {}
+    if isinstance(error, Overloaded):
+        headers["retry-after"] = str(error.retry_after_s)
+    elif isinstance(error, NotReady):
+        headers["retry-after"] = "1"
+    elif isinstance(error, Unauthorized):
+        headers["www-authenticate"] = "Bearer"
+    return _error(error.status, render.error(error), headers)
+
+
+async def _refuse_route(request: Request, error: Exception) -> Response:
+    """404 and 405, which Starlette raises."""
+    assert isinstance(error, HTTPException)
+    return _error(error.status_code, {"error": error.detail}, dict(error.headers or {}))
+
+
+async def _say_nothing(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)
+
+
+async def _admit_failure(request: Request, error: Exception) -> Response:
+    """A mistake of ours; the server logs it. The middleware that adds the id is not passed on this way."""
+    body = {"error": "Internal server error", "error_type": "internal"}
+    return _error(500, body, {"x-request-id": request.state.request_id})
+
+
+def _error(status: int, body: dict[str, object] | dict[str, str], headers: dict[str, str]) -> Response:
+    return Response(render.to_bytes(body), status_code=status, media_type="application/json", headers=headers)

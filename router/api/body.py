@@ -1,0 +1,149 @@
+"""Request bodies: raw bytes under a limit, strict JSON, then a model. Every refusal is a `RouterError`.
+
+FastAPI's own body parsing is not used: it answers NaN and lone surrogates with 500, and other mistakes in a shape that
+no client of this contract reads.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TypeVar
+
+import orjson
+from fastapi import Request
+from pydantic import ValidationError as PydanticError
+from pydantic_core import ErrorDetails
+
+from router.api.schemas import Body, mismatch
+from router.errors import BadBody, BodyTooLarge, UnsupportedMedia
+
+B = TypeVar("B", bound=Body)
+Path = Sequence[str | int]
+
+
+async def read_body(request: Request, model: type[B], *, limit_bytes: int) -> B:
+    """The body as a model. Raises `UnsupportedMedia`, `BodyTooLarge` or `BadBody`, in this order of checks."""
+    _check_headers(request)
+    return parse_body(await _read_bytes(request, limit_bytes), model)
+
+
+def _check_headers(request: Request) -> None:
+    media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media != "application/json" and not (media.startswith("application/") and media.endswith("+json")):
+        raise UnsupportedMedia("Expected request with `Content-Type: application/json`")
+    if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
+        raise UnsupportedMedia("Expected request without `Content-Encoding`")
+
+
+async def _read_bytes(request: Request, limit_bytes: int) -> bytes:
+    """A body that declares to be too large is refused unread."""
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared[:20]) > limit_bytes:
+        raise BodyTooLarge
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > limit_bytes:
+            raise BodyTooLarge
+    return bytes(body)
+
+
+def parse_body(raw: bytes, model: type[B]) -> B:
+    value = _parse_json(raw)
+    if not isinstance(value, dict):
+        raise BadBody(422, f"{mismatch(value, f'struct {model.__name__}')} at {_position(raw, len(raw.rstrip()))}")
+    try:
+        return model.model_validate(value)
+    except PydanticError as error:
+        raise BadBody(422, _first_problem(error, raw)) from error
+
+
+def _parse_json(raw: bytes) -> object:
+    """orjson refuses NaN, infinite numbers, lone surrogates, bad UTF-8 and great depth; json sees repeated keys."""
+    try:
+        value: object = orjson.loads(raw)
+        json.loads(raw, object_pairs_hook=_refuse_repeated)
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno} column {error.colno}"
+        raise BadBody(400, f"{error.msg} at {where}") from error
+    except RecursionError as error:
+        raise BadBody(400, "recursion limit exceeded") from error
+    return value
+
+
+def _refuse_repeated(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    fields: dict[str, object] = {}
+    for name, value in pairs:
+        if name in fields:
+            raise BadBody(422, f"duplicate field `{name[:40]}`")
+        fields[name] = value
+    return fields
+
+
+def _first_problem(error: PydanticError, raw: bytes) -> str:
+    """serde's sentence: path, problem, position. It meets missing fields last, when the object ends."""
+    problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] == "missing")
+    problem = problems[0]
+    path: Path = problem["loc"]
+    if problem["type"] == "missing":
+        path, field = path[:-1], path[-1]
+        sentence = f"missing field `{field}`"
+    else:
+        sentence = _sentence(problem)
+    prefix = f"{_dotted(path)}: " if path else ""
+    return f"{prefix}{sentence} at {_position(raw, _end_of_value(raw, path))}"
+
+
+def _sentence(problem: ErrorDetails) -> str:
+    match problem["type"]:
+        case "serde":
+            return problem["msg"]
+        case "literal_error":
+            return f"unknown variant, expected one of {problem['ctx']['expected']}"
+        case "model_type":
+            return str(mismatch(problem["input"], f"struct {problem['ctx']['class_name']}"))
+        case "dict_type":
+            return str(mismatch(problem["input"], "a map"))
+    return str(mismatch(problem["input"], "another type"))
+
+
+def _dotted(path: Path) -> str:
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
+
+
+def _end_of_value(raw: bytes, path: Path) -> int:
+    """Where the value at `path` ends, in bytes. `raw` is valid JSON in which the path exists."""
+    text = raw.decode()
+    decoder = json.JSONDecoder()
+    start = _skip_blanks(text, 0)
+    for part in path:
+        start = _start_of_member(text, start, part, decoder)
+    _, end = decoder.raw_decode(text, start)
+    return len(text[:end].encode())
+
+
+def _start_of_member(text: str, start: int, wanted: str | int, decoder: json.JSONDecoder) -> int:
+    """Where a member of the object or array that begins at `start` begins."""
+    index, at = 0, _skip_blanks(text, start + 1)
+    while True:
+        name: object = index
+        if isinstance(wanted, str):
+            name, at = decoder.raw_decode(text, at)
+            at = _skip_blanks(text, _skip_blanks(text, at) + 1)
+        if name == wanted:
+            return at
+        _, at = decoder.raw_decode(text, at)
+        at = _skip_blanks(text, _skip_blanks(text, at) + 1)
+        index += 1
+
+
+def _skip_blanks(text: str, at: int) -> int:
+    while at < len(text) and text[at] in " \t\r\n":
+        at += 1
+    return at
+
+
+def _position(raw: bytes, end: int) -> str:
+    line, line_start = raw.count(b"\n", 0, end) + 1, raw.rfind(b"\n", 0, end) + 1
+    return f"line {line} column {end - line_start}"

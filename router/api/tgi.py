@@ -1,0 +1,187 @@
+"""TGI's native routes: /, /generate, /generate_stream, /tokenize and /invocations.
+
+    body ─► Parameters ─► admitted: permits, Requests, Generations ─► tokens ─► JSON or events
+
+An invalid stream request is an ordinary 4xx: the answer begins when the first token is there, and what fails after it
+is told in the stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from fastapi import APIRouter, Request, Response
+
+from router.api import render
+from router.api.admission import Call, Services, admitted, log_success
+from router.api.body import read_body
+from router.api.openapi import answers, streams, takes
+from router.api.schemas import CompatGenerateRequest, GenerateRequest, GenerateResponse, SimpleToken
+from router.api.sse import EventStream, frame, unless_gone
+from router.engine import Finish, Generation, Token
+from router.errors import IncompleteGeneration, RouterError
+from router.validate import Parameters
+
+JSON_TYPE: Final = "application/json"
+EXAMPLE: Final = {"inputs": "The capital of France is", "parameters": {"max_new_tokens": 5}}
+COMPAT_EXAMPLE: Final = EXAMPLE | {"stream": False}
+ANSWER_EXAMPLE: Final = {"generated_text": " Paris."}
+TOKENIZE_EXAMPLE: Final = {"inputs": "Hello"}
+TOKENS_EXAMPLE: Final = [{"id": 9064, "text": "Hello", "start": 0, "stop": 5}]
+
+
+@dataclass(frozen=True, slots=True)
+class _Ask:
+    """A body, understood. `prefix` stands before every text: the prompt or nothing."""
+
+    request_id: str
+    inputs: str
+    parameters: Parameters
+    prefix: str
+
+
+def native_routes(services: Services) -> APIRouter:
+    """All of them ask for the API key, which the caller sees to."""
+    router = APIRouter(tags=["Text generation"])
+    config = services.config
+
+    @router.post(
+        "/",
+        responses=answers(list[GenerateResponse], [ANSWER_EXAMPLE], stream=True),
+        openapi_extra=takes(CompatGenerateRequest, COMPAT_EXAMPLE),
+    )
+    @router.post(
+        "/invocations",
+        responses=answers(list[GenerateResponse], [ANSWER_EXAMPLE], stream=True),
+        openapi_extra=takes(CompatGenerateRequest, COMPAT_EXAMPLE),
+    )
+    async def compat(request: Request) -> Response:
+        """Generate text, at once or token by token."""
+        body = await read_body(request, CompatGenerateRequest, limit_bytes=config.payload_limit)
+        ask = _understand(request, body, default_full_text=config.default_return_full_text)
+        if body.stream:
+            return await _stream(services, request, ask)
+        return await unless_gone(request.receive, _answer(services, ask, as_list=True))
+
+    @router.post(
+        "/generate", responses=answers(GenerateResponse, ANSWER_EXAMPLE), openapi_extra=takes(GenerateRequest, EXAMPLE)
+    )
+    async def generate(request: Request) -> Response:
+        """Generate text."""
+        body = await read_body(request, GenerateRequest, limit_bytes=config.payload_limit)
+        return await unless_gone(request.receive, _answer(services, _understand(request, body), as_list=False))
+
+    @router.post("/generate_stream", responses=streams(), openapi_extra=takes(GenerateRequest, EXAMPLE))
+    async def generate_stream(request: Request) -> Response:
+        """Generate text, token by token."""
+        body = await read_body(request, GenerateRequest, limit_bytes=config.payload_limit)
+        return await _stream(services, request, _understand(request, body))
+
+    @router.post(
+        "/tokenize",
+        responses=answers(list[SimpleToken], TOKENS_EXAMPLE),
+        openapi_extra=takes(GenerateRequest, TOKENIZE_EXAMPLE),
+    )
+    async def tokenize(request: Request) -> Response:
+        """Show the tokens of a text."""
+        body = await read_body(request, GenerateRequest, limit_bytes=config.payload_limit)
+        tokenizer = services.tokenizer
+        rendered = await tokenizer.run(body.inputs, lambda text: render.simple_tokens(tokenizer.tokenize(text)))
+        return Response(rendered, media_type=JSON_TYPE)
+
+    return router
+
+
+def _json(value: object, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(render.to_bytes(value), media_type=JSON_TYPE, headers=headers)
+
+
+def _understand(request: Request, body: GenerateRequest, *, default_full_text: bool = False) -> _Ask:
+    parameters = body.to_parameters()
+    wants = parameters.return_full_text
+    full_text = default_full_text if wants is None else wants
+    return _Ask(request.state.request_id, body.inputs, parameters, body.inputs if full_text else "")
+
+
+async def _answer(services: Services, ask: _Ask, *, as_list: bool) -> Response:
+    """All of the text at once; the sequences run side by side and are read one after the other."""
+    async with admitted(services, ask.request_id, ask.inputs, ask.parameters, stream=False) as call:
+        results = [await _collect(generation, services) for generation in call.generations]
+        best = max(range(len(results)), key=lambda index: results[index].mean_logprob)
+        winner = results.pop(best)
+        details = ask.parameters.details or ask.parameters.decoder_input_details
+        body = render.response(winner, results, prefix=ask.prefix, details=details)
+        generation = call.generations[best]
+        log_success(call, generation, winner.finish)
+        headers = _compute_headers(services, ask) | _time_headers(call, generation, winner.finish)
+        return _json([body] if as_list else body, headers)
+
+
+async def _collect(generation: Generation, services: Services) -> render.Result:
+    """Reads a sequence to its end. Raises the `RouterError` it failed with."""
+    tokens: list[Token] = []
+    top_tokens: list[Sequence[Token]] = []
+    prompt_logprobs: Sequence[float | None] = ()
+    async for event in generation:
+        tokens.append(event.token)
+        if generation.request.sampling.top_n_tokens:
+            top_tokens.append(event.top_tokens)
+        prompt_logprobs = event.prompt_logprobs or prompt_logprobs
+        if event.finish is not None:
+            text_of = services.tokenizer.token_text
+            scored = zip(generation.request.prompt, prompt_logprobs, strict=False)
+            prefill = [render.PrefillToken(token_id, text_of(token_id), logprob) for token_id, logprob in scored]
+            return render.Result(generation.request, tokens, top_tokens, prefill, event.finish)
+    raise IncompleteGeneration
+
+
+async def _stream(services: Services, request: Request, ask: _Ask) -> Response:
+    frames = _frames(services, ask)
+    first = await unless_gone(request.receive, anext(frames))
+    return EventStream(first, frames, _compute_headers(services, ask))
+
+
+async def _frames(services: Services, ask: _Ask) -> AsyncGenerator[bytes, None]:
+    """One frame per token. Raises a `RouterError` before the first one and turns it into a frame after it."""
+    async with admitted(services, ask.request_id, ask.inputs, ask.parameters, stream=True) as call:
+        generation, begun = call.generations[0], False
+        try:
+            async for event in generation:
+                body = render.stream_event(event.index, event.token, event.top_tokens)
+                if event.finish is not None:
+                    log_success(call, generation, event.finish)
+                    details = ask.parameters.details
+                    body |= render.stream_end(generation.request, event.finish, prefix=ask.prefix, details=details)
+                begun = True
+                yield frame(render.to_bytes(body))
+                if event.finish is not None:
+                    return
+            raise IncompleteGeneration
+        except RouterError as error:
+            if not begun:
+                raise
+            yield frame(render.to_bytes(render.error(error)))
+
+
+def _compute_headers(services: Services, ask: _Ask) -> dict[str, str]:
+    return {"x-compute-type": services.config.compute_type, "x-compute-characters": str(len(ask.inputs))}
+
+
+def _time_headers(call: Call, generation: Generation, finish: Finish) -> dict[str, str]:
+    """Seconds in x-compute-time, whole milliseconds in the others."""
+    return {
+        "x-compute-time": str(call.total_s),
+        "x-total-time": _whole_ms(call.total_s),
+        "x-validation-time": _whole_ms(call.validation_s),
+        "x-queue-time": _whole_ms(generation.queue_s),
+        "x-inference-time": _whole_ms(generation.inference_s),
+        "x-time-per-token": _whole_ms(generation.inference_s / finish.num_generated),
+        "x-prompt-tokens": str(call.demand.input_length),
+        "x-generated-tokens": str(finish.num_generated),
+    }
+
+
+def _whole_ms(seconds: float) -> str:
+    return str(int(seconds * 1e3))

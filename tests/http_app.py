@@ -1,0 +1,119 @@
+"""The HTTP application over an engine that only plays a script, so that every answer is known beforehand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import anyio
+import httpx
+from fastapi import FastAPI
+
+from router.api.app import create_app
+from router.config import Config
+from router.core.request import FinishReason, Request
+from router.engine import Finish, Generation, Token, TokenEvent
+from router.errors import RouterError
+from router.metrics import Gauges, Metrics
+from router.validate import Capacity, Limits, Validator
+from tests.tiny_tokenizers import byte_level, tokenizer_of
+
+Json = dict[str, object]
+
+PARIS = (Token(3681, " Paris", -0.25, False), Token(2, "</s>", -2.5839844, True))
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """What a sequence does: its tokens, then an error, or a finish with `text`, or nothing at all (`hangs`)."""
+
+    tokens: Sequence[Token] = PARIS
+    top_tokens: Sequence[Token] = ()
+    error: RouterError | None = None
+    hangs: bool = False
+    reason: FinishReason = FinishReason.EOS_TOKEN
+
+    def play(self, generation: Generation) -> None:
+        request = generation.request
+        generation.note_planned()
+        for index, token in enumerate(self.tokens, 1):
+            scored = (None, *(-1.0 for _ in request.prompt[1:])) if request.prompt_logprobs and index == 1 else None
+            last = index == len(self.tokens) and self.error is None and not self.hangs
+            generation.publish(
+                TokenEvent(index, token, self.top_tokens, self._finish() if last else None, prompt_logprobs=scored)
+            )
+        if self.error is not None:
+            generation.fail(self.error)
+
+    def _finish(self) -> Finish:
+        text = "".join(token.text for token in self.tokens if not token.special)
+        return Finish(self.reason, text, len(self.tokens))
+
+
+@dataclass
+class FakeEngine:
+    """Plays one script after the other, the last one for ever."""
+
+    scripts: list[Script] = field(default_factory=lambda: [Script()])
+    refusal: RouterError | None = None
+    ready: bool = True
+    gauges: Gauges = field(default_factory=Gauges)
+    requests: list[Request] = field(default_factory=list)
+    cancelled: list[Request] = field(default_factory=list)
+
+    def submit(self, request: Request) -> Generation:
+        if self.refusal is not None:
+            raise self.refusal
+        self.requests.append(request)
+        generation = Generation(request, self._cancel)
+        (self.scripts.pop(0) if len(self.scripts) > 1 else self.scripts[0]).play(generation)
+        return generation
+
+    def _cancel(self, generation: Generation) -> None:
+        self.cancelled.append(generation.request)
+        generation.drop()
+
+
+CONFIG = Config(max_total_tokens=64, max_input_tokens=40)
+
+
+def build(engine: FakeEngine, config: Config = CONFIG) -> FastAPI:
+    tokenizer = tokenizer_of(byte_level())
+    capacity = Capacity(vocab_size=tokenizer.vocab_size, eos_token_ids=(2,), kv_tokens=8192, max_positions=4096)
+    limits = Limits.derive(config, capacity, tokenizer)
+    metrics = Metrics(max_input_tokens=limits.max_input_tokens, max_total_tokens=limits.max_total_tokens)
+    return create_app(config, engine, Validator(limits, tokenizer), tokenizer, metrics)
+
+
+class Client:
+    """Calls the application in this process, without a socket."""
+
+    def __init__(self, engine: FakeEngine | None = None, **settings: object) -> None:
+        self.engine = engine or FakeEngine()
+        self.app = build(self.engine, replace(CONFIG, **settings))  # type: ignore[arg-type]
+
+    def call(self, method: str, path: str, **kwargs: object) -> httpx.Response:
+        async def call() -> httpx.Response:
+            transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
+            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+                return await client.request(method, path, **kwargs)  # type: ignore[arg-type]
+
+        return anyio.run(call)
+
+    def get(self, path: str, **kwargs: object) -> httpx.Response:
+        return self.call("GET", path, **kwargs)
+
+    def post(self, path: str, body: object, **kwargs: object) -> httpx.Response:
+        return self.call("POST", path, json=body, **kwargs)
+
+    def post_raw(self, path: str, raw: bytes, content_type: str = "application/json") -> httpx.Response:
+        return self.call("POST", path, content=raw, headers={"content-type": content_type})
+
+
+def events(response: httpx.Response) -> list[Json]:
+    """The events of a stream, whose bytes must be exactly frames."""
+    *frames, rest = response.content.split(b"\n\n")
+    assert rest == b""
+    assert all(frame.startswith(b"data: {") and b"\n" not in frame for frame in frames)
+    return [json.loads(frame.removeprefix(b"data: ")) for frame in frames]
