@@ -88,7 +88,7 @@ def _decode_output(message: pb.StepOutput, plan: StepPlan, vocab_size: int) -> S
     token = top = target = 0
     for index, (row, num_emitted) in enumerate(zip(plan.rows, message.row_num_emitted, strict=True)):
         fault = faults.get(index)
-        if bool(num_emitted) != (row.emit and fault is None):
+        if num_emitted != (row.emit and fault is None):
             raise ValueError(f"row {index} emitted {num_emitted} tokens")
         sampled = []
         for _ in range(num_emitted):

@@ -1,0 +1,63 @@
+"""An engine in the test's own process, over whatever group the test has."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+from router.core.request import Request, Sampling
+from router.engine import Engine, EngineSettings, Generation, TokenEvent
+from router.group.client import Demands, GroupClient
+from router.metrics import Metrics
+from router.text.tokenizer import Tokenizer
+
+LOAD_S = 120.0
+
+
+async def nobody_restarts() -> None:
+    raise AssertionError("the group was lost")
+
+
+@contextlib.asynccontextmanager
+async def engine_over(
+    addresses: list[str],
+    tokenizer: Tokenizer,
+    *,
+    max_step_tokens: int = 2048,
+    max_kv_tokens: int | None = None,
+    max_seats: int = 64,
+    lookahead: int = 1,
+    prefix_caching: bool = True,
+    step_timeout_s: float = 120.0,
+    metrics: Metrics | None = None,
+    restart: Callable[[], Awaitable[None]] = nobody_restarts,
+) -> AsyncIterator[Engine]:
+    """Leaves the shards ready for the next epoch."""
+    demands = Demands(max_seats, max_step_tokens, max_kv_tokens)
+    client = GroupClient(addresses, demands)
+    await client.connect(find_s=LOAD_S, load_s=LOAD_S)
+    settings = EngineSettings(lookahead, step_timeout_s, LOAD_S, prefix_caching)
+    metrics = metrics or Metrics(max_input_tokens=1000, max_total_tokens=1000)
+    engine = Engine(client, tokenizer, metrics, settings, prefix_seed=b"test", restart=restart)
+    loop = asyncio.create_task(engine.run())
+    try:
+        yield engine
+    finally:
+        loop.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await loop
+        await client.close(goodbye=True)
+
+
+async def collect(generation: Generation) -> list[TokenEvent]:
+    return [event async for event in generation]
+
+
+def greedy(prompt: list[int], max_new_tokens: int, **values: object) -> Request:
+    """A greedy request that no end token ends."""
+    return Request("test", tuple(prompt), max_new_tokens, **values)  # type: ignore[arg-type]
+
+
+def sampled(prompt: list[int], max_new_tokens: int, sampling: Sampling) -> Request:
+    return Request("test", tuple(prompt), max_new_tokens, sampling)

@@ -1,0 +1,288 @@
+"""The whole engine over ghost groups: every token is the oracle's, whatever happens to the shards meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from router.core.request import FinishReason, Sampling
+from router.engine import Engine, TokenEvent
+from router.errors import GenerationFailed, NotReady, StartupError
+from router.group.client import Demands, GroupClient
+from router.metrics import Metrics
+from router.text.tokenizer import Tokenizer
+from tests.engines import collect, engine_over, greedy, sampled
+from tests.ghost import Fault, FaultKind, GhostGroup, GhostSettings, ghost_group, oracle, oracle_prompt_logprobs
+from tests.tiny_tokenizers import byte_level, tokenizer_of
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return tokenizer_of(byte_level())
+
+
+def ids(events: list[TokenEvent]) -> list[int]:
+    return [event.token.id for event in events]
+
+
+def make_prompts(num: int, longest: int = 30) -> list[list[int]]:
+    rng = random.Random(num)
+    return [[rng.randrange(1, 97) for _ in range(rng.randint(1, longest))] for _ in range(num)]
+
+
+async def assert_all_right(engine: Engine, prompts: list[list[int]], num_new: int) -> None:
+    results = await asyncio.gather(*(collect(engine.submit(greedy(prompt, num_new))) for prompt in prompts))
+
+    assert [ids(events) for events in results] == [oracle(prompt, num_new) for prompt in prompts]
+    assert all(events[-1].finish is not None for events in results)
+    assert all(event.finish is None for events in results for event in events[:-1])
+
+
+def over_ghosts(
+    tokenizer: Tokenizer,
+    act: Callable[[GhostGroup, Engine, Metrics], Awaitable[None]],
+    settings: GhostSettings | None = None,
+    faults: tuple[Fault, ...] = (),
+    *,
+    lookahead: int = 1,
+    step_timeout_s: float = 120.0,
+) -> None:
+    """Runs `act` against an engine over a ghost group that a supervisor revives when it is lost."""
+
+    async def run() -> None:
+        metrics = Metrics(max_input_tokens=100, max_total_tokens=100)
+        async with (
+            ghost_group(settings, faults) as group,
+            engine_over(
+                group.addresses,
+                tokenizer,
+                max_step_tokens=32,
+                max_seats=16,
+                lookahead=lookahead,
+                step_timeout_s=step_timeout_s,
+                metrics=metrics,
+                restart=group.revive,
+            ) as engine,
+        ):
+            await act(group, engine, metrics)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("lookahead", [0, 1, 2])
+def test_every_token_is_the_oracles(tokenizer: Tokenizer, world_size: int, lookahead: int) -> None:
+    async def act(group: GhostGroup, engine: Engine, metrics: Metrics) -> None:
+        await assert_all_right(engine, make_prompts(40), num_new=20)
+
+        assert metrics.value("tgi_request_success") == 40
+        assert metrics.value("shardstream_generated_tokens_count") == 40 * 20
+        assert engine.gauges.kv_cache_utilization == 0
+        assert engine.counters.num_preemptions > 0
+
+    over_ghosts(tokenizer, act, GhostSettings(world_size=world_size, num_blocks=40), lookahead=lookahead)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault(0, 5, FaultKind.DIE),
+        Fault(1, 5, FaultKind.DIE),
+        Fault(0, 5, FaultKind.GIVE_UP),
+        Fault(1, 5, FaultKind.GIVE_UP),
+        Fault(0, 5, FaultKind.DUPLICATE),
+        Fault(1, 5, FaultKind.DUPLICATE),
+        Fault(0, 5, FaultKind.GARBAGE_TOKENS),
+        Fault(0, 5, FaultKind.GARBAGE_ROWS),
+        Fault(1, 5, FaultKind.WRONG_DIGEST),
+    ],
+    ids=lambda fault: f"{fault.kind.value} of rank {fault.rank}",
+)
+def test_streams_survive_a_lost_epoch(tokenizer: Tokenizer, fault: Fault) -> None:
+    async def act(group: GhostGroup, engine: Engine, metrics: Metrics) -> None:
+        await assert_all_right(engine, make_prompts(12), num_new=20)
+
+        assert metrics.value("shardstream_group_restarts_count") == 1
+        assert engine.ready
+
+    over_ghosts(tokenizer, act, GhostSettings(world_size=2, num_blocks=200), (fault,))
+
+
+@pytest.mark.parametrize("kind", [FaultKind.HANG, FaultKind.DROP])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_does_not_answer_in_time_ends_the_epoch(tokenizer: Tokenizer, kind: FaultKind, rank: int) -> None:
+    async def act(group: GhostGroup, engine: Engine, metrics: Metrics) -> None:
+        await assert_all_right(engine, make_prompts(6), num_new=10)
+
+        assert metrics.value("shardstream_group_restarts_count") == 1
+
+    over_ghosts(tokenizer, act, GhostSettings(world_size=2), (Fault(rank, 3, kind),), step_timeout_s=0.5)
+
+
+def test_a_rank_that_is_slow_but_alive_is_waited_for(tokenizer: Tokenizer) -> None:
+    async def act(group: GhostGroup, engine: Engine, metrics: Metrics) -> None:
+        await assert_all_right(engine, make_prompts(6), num_new=10)
+
+        assert metrics.value("shardstream_group_restarts_count") == 0
+
+    over_ghosts(tokenizer, act, GhostSettings(world_size=2), (Fault(1, 3, FaultKind.DELAY, delay_s=0.5),))
+
+
+def test_a_rank_that_dies_while_nothing_runs_is_replaced_before_the_next_request(tokenizer: Tokenizer) -> None:
+    async def act(group: GhostGroup, engine: Engine, metrics: Metrics) -> None:
+        await assert_all_right(engine, make_prompts(3), num_new=5)
+        await group.kill(1)
+        await assert_all_right(engine, make_prompts(3), num_new=5)
+
+        assert metrics.value("shardstream_group_restarts_count") == 1
+
+    over_ghosts(tokenizer, act, GhostSettings(world_size=2))
+
+
+def test_a_request_that_kills_every_group_fails_alone(tokenizer: Tokenizer) -> None:
+    async def act(group: GhostGroup, engine: Engine, metrics: Metrics) -> None:
+        innocents = asyncio.create_task(assert_all_right(engine, make_prompts(8), num_new=12))
+        with pytest.raises(GenerationFailed, match="died"):
+            await collect(engine.submit(greedy([5, 2000, 7], 5)))
+        await innocents
+
+        assert metrics.value("tgi_request_failure", "generation") == 1
+        assert metrics.value("tgi_request_success") == 8
+
+    over_ghosts(tokenizer, act, GhostSettings(world_size=2, poison_token=2000, num_blocks=200))
+
+
+def test_a_row_that_fails_ends_its_sequence_alone(tokenizer: Tokenizer) -> None:
+    async def act(group: GhostGroup, engine: Engine, metrics: Metrics) -> None:
+        prompts = make_prompts(5)
+        generations = [engine.submit(greedy(prompt, 10)) for prompt in prompts]
+        results = await asyncio.gather(*map(collect, generations), return_exceptions=True)
+
+        failed = [result for result in results if isinstance(result, BaseException)]
+        assert [type(error) for error in failed] == [GenerationFailed]
+        for prompt, result in zip(prompts, results, strict=True):
+            assert isinstance(result, BaseException) or ids(result) == oracle(prompt, 10)
+        assert metrics.value("shardstream_group_restarts_count") == 0
+
+    over_ghosts(tokenizer, act, GhostSettings(world_size=2), (Fault(0, 4, FaultKind.ROW_FAULT),))
+
+
+def test_a_cancelled_sequence_leaves_nothing_behind(tokenizer: Tokenizer) -> None:
+    async def act(group: GhostGroup, engine: Engine, metrics: Metrics) -> None:
+        generation = engine.submit(greedy([1, 2, 3], 50))
+        stays = asyncio.create_task(collect(engine.submit(greedy([4, 5], 30))))
+        events = aiter(generation)
+        seen = [await anext(events) for _ in range(5)]
+        generation.cancel()
+        generation.cancel()
+        survivor = await stays
+
+        assert ids(seen) == oracle([1, 2, 3], 50)[:5]
+        assert ids(survivor) == oracle([4, 5], 30)
+        assert metrics.value("shardstream_cancelled_count") == 1
+        assert (engine.gauges.num_running, engine.gauges.kv_cache_utilization) == (0, 0)
+
+    over_ghosts(tokenizer, act, GhostSettings(step_delay_s=0.001))
+
+
+def test_a_stop_string_ends_the_sequence_and_its_text(tokenizer: Tokenizer) -> None:
+    async def act(group: GhostGroup, engine: Engine, metrics: Metrics) -> None:
+        whole = (await collect(engine.submit(greedy([9, 8, 7], 40))))[-1].finish
+        assert whole is not None
+        stop = whole.text[10:13]
+        end = whole.text.index(stop) + len(stop)
+
+        kept = await collect(engine.submit(greedy([9, 8, 7], 40, stop=(stop,))))
+        cut = await collect(engine.submit(greedy([9, 8, 7], 40, stop=(stop,), keep_stop=False)))
+
+        for events, text in ((kept, whole.text[:end]), (cut, whole.text[: end - len(stop)])):
+            finish = events[-1].finish
+            assert finish is not None
+            assert (finish.reason, finish.text) == (FinishReason.STOP_SEQUENCE, text)
+            assert "".join(event.token.text for event in events if not event.token.special) == text
+            assert finish.num_generated == len(events) < 40
+
+    over_ghosts(tokenizer, act)
+
+
+def test_prompt_logprobs_come_with_the_first_token_and_survive_a_death(tokenizer: Tokenizer) -> None:
+    prompt = [*range(1, 81)]  # three chunks of 32
+
+    async def act(group: GhostGroup, engine: Engine, metrics: Metrics) -> None:
+        events = await collect(engine.submit(greedy(prompt, 4, prompt_logprobs=True)))
+
+        assert events[0].prompt_logprobs is not None
+        assert events[0].prompt_logprobs[0] is None
+        assert events[0].prompt_logprobs[1:] == pytest.approx(oracle_prompt_logprobs(prompt), abs=1e-6)
+        assert [event.prompt_logprobs for event in events[1:]] == [None] * 3
+
+    over_ghosts(tokenizer, act, faults=(Fault(0, 2, FaultKind.DIE),))
+
+
+def test_sampling_reaches_the_shards_and_survives_a_replay(tokenizer: Tokenizer) -> None:
+    sampling = Sampling(
+        do_sample=True,
+        temperature=0.5,
+        top_k=3,
+        repetition_penalty=1.5,
+        seed=2**64 - 1,
+        logit_bias=((3, -1.5),),
+        bad_words=((1, 2), (3,)),
+        top_n_tokens=2,
+    )
+
+    async def act(group: GhostGroup, engine: Engine, metrics: Metrics) -> None:
+        events = await collect(engine.submit(sampled([1, 2, 3], 20, sampling)))
+
+        assert ids(events) == oracle([1, 2, 3], 20, sampling=sampling)
+        assert all(len(event.top_tokens) == 2 for event in events)
+
+    over_ghosts(tokenizer, act, faults=(Fault(0, 9, FaultKind.DIE),))
+
+
+def test_an_engine_that_shuts_down_refuses_and_drains(tokenizer: Tokenizer) -> None:
+    async def act(group: GhostGroup, engine: Engine, metrics: Metrics) -> None:
+        running = asyncio.create_task(collect(engine.submit(greedy([1, 2], 30))))
+        endless = asyncio.create_task(collect(engine.submit(greedy([3, 4], 90))))
+        await asyncio.sleep(0)
+        engine.refuse(NotReady("the server is shutting down"))
+
+        with pytest.raises(NotReady):
+            engine.submit(greedy([5], 3))
+        await engine.drain(timeout_s=0.1)
+        assert not engine.ready
+        assert ids(await running) == oracle([1, 2], 30)
+        with pytest.raises(NotReady):
+            await endless
+
+    over_ghosts(tokenizer, act, GhostSettings(step_delay_s=0.002))
+
+
+def test_ranks_that_do_not_belong_together_are_refused() -> None:
+    async def run() -> None:
+        async with ghost_group(GhostSettings(world_size=2)) as group:
+            with pytest.raises(StartupError, match="2 ranks but 1"):
+                await GroupClient(group.addresses[:1], Demands(4, 16)).connect(find_s=1, load_s=1)
+            with pytest.raises(StartupError, match=r"ranks \[1, 0\]"):
+                await GroupClient(group.addresses[::-1], Demands(4, 16)).connect(find_s=1, load_s=1)
+        async with ghost_group(GhostSettings(num_blocks=1)) as small:
+            with pytest.raises(StartupError, match="too little"):
+                await GroupClient(small.addresses, Demands(4, 16)).connect(find_s=1, load_s=1)
+
+    asyncio.run(run())
+
+
+def test_one_router_at_a_time_drives_a_group_and_the_newest_epoch_wins(tokenizer: Tokenizer) -> None:
+    async def run() -> None:
+        async with ghost_group() as group:
+            first, second = (GroupClient(group.addresses, Demands(4, 16)) for _ in range(2))
+            info = await first.connect(find_s=1, load_s=1)
+            again = await second.connect(find_s=1, load_s=1)
+            assert again.epoch > info.epoch
+            await first.close(goodbye=False)
+            await second.close(goodbye=False)
+
+    asyncio.run(run())
