@@ -1,0 +1,382 @@
+"""A model on one rank: transformers' own code over our weights, our attention and our KV memory.
+
+    load_model    config.json → modules on the meta device → this rank's weights → joined with the other ranks
+                  → probed (what reaches attention?) → self-tested → ready
+    Model.hidden  the backbone on one packed step: [1, T] tokens, positions restarting at every row
+    Model.logits  the rest of the causal model on chosen rows, so that each family's own scaling and capping applies
+
+The model code is unmodified: attention is replaced through transformers' registry (`shard.attention`), and the causal
+model's backbone by a stand-in that hands back the hidden states it is given.
+
+This module knows nothing of sequences or sampling: a step comes in as tensors and leaves as tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from shard.attention import NAME, Attend, AttentionBatch, PagedAttention, ShapeProbe, attending, install
+from shard.distributed import RankGroup
+from shard.errors import LoadError
+from shard.families import JsonObject, JsonValue, plan_for, served_config
+from shard.kv_cache import KVCache, LayerShape, bytes_per_block
+from shard.tensor_parallel import Heads, Sharding, join_ranks
+from shard.weights import Loader, open_checkpoint
+
+log = logging.getLogger(__name__)
+
+BLOCK_SIZE: Final = 16
+
+SELF_TEST_CHUNKS: Final = (5, 1, 9, 4)
+"""Tokens per step of the self-test's prompt: starting, single, crossing a block, ending in one."""
+
+# Relative distance between all the dense and all the paged hidden states. Right ones differ by rounding, on SmolLM2
+# 1e-6 in float32 and 0.03 in bfloat16; wrong positions or lost keys make it 0.2 and more.
+_MAX_DISTANCE: Final = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.03}
+
+# These rescale positions by the longest one in a packed step, so rows would change each other past the trained length.
+_LENGTH_DEPENDENT_ROPE: Final = ("dynamic", "longrope")
+
+
+@dataclass(frozen=True, slots=True)
+class _HandedBack:
+    """All that any family's causal model looks for in what its backbone returns."""
+
+    last_hidden_state: Tensor
+    past_key_values: None = None
+    hidden_states: None = None
+    attentions: None = None
+    cross_attentions: None = None
+    router_logits: None = None
+
+    def __getitem__(self, index: int) -> Tensor:
+        """gpt_bigcode takes it for a tuple."""
+        return (self.last_hidden_state,)[index]
+
+
+class _HandBack(nn.Module):
+    """Stands where the backbone was: its hidden states are those it is given as embeddings."""
+
+    def forward(self, *_args: object, inputs_embeds: Tensor, **_kwargs: object) -> _HandedBack:
+        return _HandedBack(inputs_embeds)
+
+    @property
+    def decoder(self) -> _HandBack:
+        """OPT's causal model goes straight to its backbone's decoder."""
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    """What the checkpoint says about itself."""
+
+    model_type: str
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    max_positions: int
+
+
+class Model:
+    """One rank's part of a model. All ranks of a group make the same calls in the same order."""
+
+    def __init__(
+        self,
+        causal: PreTrainedModel,
+        facts: _Facts,
+        *,
+        layers: list[LayerShape],
+        dtype: torch.dtype,
+        device: torch.device,
+        block_size: int,
+    ) -> None:
+        self.model_type = facts.model_type
+        self.vocab_size = facts.vocab_size
+        self.eos_token_ids = facts.eos_token_ids
+        self.max_positions = facts.max_positions
+        self.dtype = dtype
+        self.device = device
+        self.block_size = block_size
+        self.bytes_per_block = bytes_per_block(layers, block_size, dtype)
+        self._layers = layers
+        self._cache: KVCache | None = None
+        self._backbone = causal.base_model
+        self._head = causal
+        setattr(causal, causal.base_model_prefix, _HandBack())
+
+    def allocate(self, num_blocks: int) -> None:
+        """Empty KV memory for an epoch, instead of the former."""
+        self.release()  # first: there may not be room for both
+        self._cache = KVCache(
+            self._layers, num_blocks=num_blocks, block_size=self.block_size, dtype=self.dtype, device=self.device
+        )
+
+    def release(self) -> None:
+        """Gives KV memory back."""
+        self._cache = None
+
+    @torch.inference_mode()
+    def hidden(self, input_ids: Tensor, positions: Tensor, batch: AttentionBatch) -> Tensor:
+        """Runs one step: `input_ids` and `positions` [T] int64 → last hidden states [T, width]."""
+        assert self._cache is not None, "a step before KV memory was allocated"
+        return _run(self._backbone, input_ids, positions, PagedAttention(batch, self._cache))
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`hidden` [E, width] → [E, vocab_size] float32 on rank 0; on other ranks the columns they hold, or none."""
+        logits: Tensor = self._head(inputs_embeds=hidden[None], use_cache=False).logits
+        return logits[0].float()
+
+    @torch.inference_mode()
+    def dense_hidden(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        """One whole sequence by transformers' own eager attention, without KV memory: the oracle of `hidden`."""
+        configs = {id(m.config): m.config for m in self._backbone.modules() if hasattr(m, "config")}.values()
+        for config in configs:
+            config._attn_implementation = "eager"
+        try:
+            output = self._backbone(input_ids=input_ids[None], position_ids=positions[None], use_cache=False)
+        finally:
+            for config in configs:
+                config._attn_implementation = NAME
+        hidden: Tensor = output.last_hidden_state
+        return hidden[0]
+
+
+def _run(backbone: nn.Module, input_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    with attending(attend):
+        output = backbone(input_ids=input_ids[None], position_ids=positions[None], use_cache=False)
+    hidden: Tensor = output.last_hidden_state
+    return hidden[0]
+
+
+def load_model(
+    directory: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    group: RankGroup,
+    on_progress: Callable[[int, int], None],
+    block_size: int = BLOCK_SIZE,
+) -> Model:
+    """Loads this rank's part and proves on it that paged attention equals dense.
+
+    `on_progress(done_bytes, total_bytes)` counts what this rank reads. Raises `LoadError` with a one-line cause.
+    """
+    raw = _read_json(directory / "config.json")
+    config = _config(served_config(raw))
+    stored = open_checkpoint(directory)
+    causal = _empty_model(config, dtype)
+    sharding = _sharding(config, group)
+    loader = Loader(causal, stored, sharding, dtype, on_progress)
+    _fill(causal, loader, directory, device)
+    join_ranks(causal, sharding, group)
+    layers = _probe(causal, config, sharding, device)
+    facts = _facts(config, directory)
+    model = Model(causal, facts, layers=layers, dtype=dtype, device=device, block_size=block_size)
+    _self_test(model)
+    return model
+
+
+def _read_json(path: Path) -> JsonObject:
+    try:
+        loaded: JsonValue = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise LoadError(f"{path} cannot be read: {error}") from error
+    if not isinstance(loaded, dict):
+        raise LoadError(f"{path} is not a JSON object")
+    return loaded
+
+
+def _config(values: dict[str, JsonValue]) -> PreTrainedConfig:
+    try:
+        return AutoConfig.for_model(**values)
+    except Exception as error:  # transformers' configs check themselves and raise what they like
+        raise LoadError(f"config.json does not make a {values['model_type']} model: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The modules with parameters that have shapes and no memory."""
+    install()
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config,
+                dtype=dtype,
+                attn_implementation=NAME,
+                experts_implementation="eager",  # the grouped kernels want widths a rank's part need not have
+            )
+    except Exception as error:  # any constructor of any family
+        raise LoadError(f"config.json does not make a {config.model_type} model: {_first_line(error)}") from error
+    return model.eval().requires_grad_(False)
+
+
+def _sharding(config: PreTrainedConfig, group: RankGroup) -> Sharding:
+    query: int = config.num_attention_heads
+    key_value: int = getattr(config, "num_key_value_heads", None) or query
+    multi_query = bool(getattr(config, "multi_query", True))
+    if config.model_type == "gpt_bigcode":
+        key_value = 1 if multi_query else query
+    plan = plan_for(config.model_type, multi_query=multi_query)
+    return Sharding(plan, Heads(query, key_value), group.rank, group.world_size)
+
+
+def _fill(model: PreTrainedModel, loader: Loader, directory: Path, device: torch.device) -> None:
+    """Puts loaded tensors in place, ties what is tied, computes what no checkpoint holds (rotary frequencies)."""
+    names = set(model.state_dict())
+    full_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    loaded = loader.load(device)
+    for name, tensor in loaded.items():
+        _place(model, name, tensor)
+    missing = names - set(loaded)
+    model.tie_weights(missing_keys=set(missing), recompute_mapping=False)
+    _compute_buffers(model, device)
+    left = sorted(name for name, tensor in model.state_dict().items() if tensor.is_meta)
+    if left:
+        raise LoadError(f"{directory} holds no {left[0]}" + (f" and {len(left) - 1} more" if left[1:] else ""))
+    ignored = [name for name in loader.unexpected if not _is_leftover(model, name)]
+    if ignored:
+        log.warning("%d tensors of the checkpoint are not part of the model, among them %s", len(ignored), ignored[0])
+    kept_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    log.info("%.1f MB of weights, of %.1f MB", kept_bytes / 1e6, full_bytes / 1e6)
+
+
+def _place(model: PreTrainedModel, name: str, tensor: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    if leaf in module._parameters:
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        module._buffers[leaf] = tensor
+
+
+def _compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
+    """Fills the buffers no checkpoint holds by transformers' own initialisation, which leaves alone what is flagged."""
+    for name, buffer in list(model.named_non_persistent_buffers()):
+        _place(model, name, torch.empty_like(buffer, device=device))
+    for tensor in model.state_dict(keep_vars=True).values():
+        tensor._is_hf_initialized = True
+    model.initialize_weights()
+
+
+def _is_leftover(model: PreTrainedModel, name: str) -> bool:
+    """Whether older versions of the family stored such a tensor and newer ones compute it."""
+    patterns = (*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq", r"\.attn\.(masked_)?bias$")
+    return any(re.search(pattern, name) for pattern in patterns)
+
+
+def _facts(config: PreTrainedConfig, directory: Path) -> _Facts:
+    return _Facts(
+        model_type=config.model_type,
+        vocab_size=config.vocab_size,
+        eos_token_ids=_eos_token_ids(config, directory),
+        max_positions=_max_positions(config),
+    )
+
+
+def _eos_token_ids(config: PreTrainedConfig, directory: Path) -> tuple[int, ...]:
+    """Those of the generation config; those of the model's config where it names none."""
+    path = directory / "generation_config.json"
+    given = _read_json(path).get("eos_token_id") if path.is_file() else None
+    given = config.eos_token_id if given is None else given
+    tokens = given if isinstance(given, list) else [given]
+    return tuple(token for token in tokens if isinstance(token, int))
+
+
+def _max_positions(config: PreTrainedConfig) -> int:
+    """Longest sequence the model computes the same in any batch; 0 when it names none."""
+    positions: int = getattr(config, "max_position_embeddings", None) or 0
+    rope: dict[str, str | int] = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") not in _LENGTH_DEPENDENT_ROPE:
+        return positions
+    trained = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", 0)
+    return min(positions, int(trained)) if trained else positions
+
+
+def _probe(
+    causal: PreTrainedModel, config: PreTrainedConfig, sharding: Sharding, device: torch.device
+) -> list[LayerShape]:
+    """Runs one token to see what reaches attention on this rank. Raises `LoadError` if it is not what it should be."""
+    probe = ShapeProbe()
+    token = torch.zeros(1, dtype=torch.int64, device=device)
+    with torch.inference_mode():
+        _run(causal.base_model, token, token, probe)
+    num_layers: int = config.num_hidden_layers
+    if sorted(probe.layers) != list(range(num_layers)):
+        raise LoadError(f"attention was called by {len(probe.layers)} of {num_layers} layers")
+    _check_windows(config, probe)
+    _check_shrunk(sharding, probe)
+    return [probe.layers[layer] for layer in range(num_layers)]
+
+
+def _check_windows(config: PreTrainedConfig, probe: ShapeProbe) -> None:
+    """A window that only the mask would know is lost, as there is no mask."""
+    kinds: list[str] = getattr(config, "layer_types", None) or []
+    for layer, kind in enumerate(kinds):
+        if kind == "sliding_attention" and probe.windows[layer] is None:
+            raise LoadError(f"layer {layer} should attend within a window, which does not reach attention")
+
+
+def _check_shrunk(sharding: Sharding, probe: ShapeProbe) -> None:
+    if sharding.world_size == 1:
+        return
+    kept = len(sharding.kept.query)
+    for layer, heads in probe.query_heads.items():
+        if heads != kept or heads == sharding.heads.query:
+            raise LoadError(
+                f"sharding over {sharding.world_size} ranks leaves {heads} of {sharding.heads.query} query heads "
+                f"on rank {sharding.rank} in layer {layer}, where {kept} are meant"
+            )
+
+
+def _self_test(model: Model) -> None:
+    """A short prompt, dense by transformers' own attention against paged in odd chunks, on the loaded weights."""
+    num_tokens = min(sum(SELF_TEST_CHUNKS), model.max_positions or sum(SELF_TEST_CHUNKS))
+    input_ids = (torch.arange(num_tokens, device=model.device) * 7919 + 11) % model.vocab_size
+    positions = torch.arange(num_tokens, device=model.device)
+    dense = model.dense_hidden(input_ids, positions)
+    paged = _paged_hidden(model, input_ids, positions)
+    distance = float((dense - paged).float().norm() / dense.float().norm())
+    limit = _MAX_DISTANCE[model.dtype]
+    if not distance <= limit:
+        raise LoadError(
+            f"self-test failed: paged attention differs from dense by {distance:.2g} on the loaded weights, "
+            f"more than {limit:g}"
+        )
+    log.info("self-test: paged attention differs from dense by %.1e", distance)
+
+
+def _paged_hidden(model: Model, input_ids: Tensor, positions: Tensor) -> Tensor:
+    num_blocks = -(-len(input_ids) // model.block_size)
+    table = torch.arange(num_blocks, 0, -1)  # backwards: a block's place must not matter
+    model.allocate(num_blocks + 1)
+    parts, start = [], 0
+    for chunk in SELF_TEST_CHUNKS:
+        stop = min(start + chunk, len(input_ids))
+        if start == stop:
+            break
+        at = torch.arange(start, stop)
+        batch = AttentionBatch.build(
+            slots=table[at // model.block_size] * model.block_size + at % model.block_size,
+            query_starts=[0, stop - start],
+            context_lens=[stop],
+            block_tables=table[None],
+            block_size=model.block_size,
+            device=model.device,
+        )
+        parts.append(model.hidden(input_ids[start:stop], positions[start:stop], batch))
+        start = stop
+    model.release()
+    return torch.cat(parts)
