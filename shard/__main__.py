@@ -1,0 +1,89 @@
+"""`python -m shard`: one rank of a group. Opens its port, loads its part of the weights, serves until told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import logging
+import os
+import signal
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Final
+
+from shard.config import ShardConfig, parse
+from shard.errors import LoadError
+from shard.progress import StartReporter
+from shard.server import ShardServicer, open_port, set_health
+
+if TYPE_CHECKING:
+    from shard.worker import Worker
+
+PR_SET_PDEATHSIG: Final = 1
+
+
+def main() -> None:
+    config = parse()
+    _end_with(config.parent_pid)
+    logging.basicConfig(
+        level=os.environ.get("LOG_LEVEL", "info").upper(),
+        format=f"%(asctime)s %(levelname)s rank {config.rank} %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+    code = asyncio.run(_serve(config))
+    sys.stdout.flush()
+    os._exit(code)  # the model thread may hang in a collective; nothing is left to tidy up
+
+
+def _end_with(parent_pid: int) -> None:
+    """Linux kills this process when its parent dies, however it dies."""
+    if not parent_pid:
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:  # it died before prctl
+        sys.exit(1)
+
+
+async def _serve(config: ShardConfig) -> int:
+    """Exit code: 0 when told to stop, 1 when the rank could not start."""
+    reporter = StartReporter(config.rank, as_json=config.report)
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    model_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
+    servicer = ShardServicer(model_thread, config.step_timeout_s)
+    try:
+        server, health_servicer = await open_port(config.address, servicer)
+        loading = asyncio.get_running_loop().run_in_executor(model_thread, _load, config, reporter)
+        servicer.serve(await _unless(stop, loading))
+    except (LoadError, OSError) as error:
+        reporter.failed(str(error).splitlines()[0])
+        return 1
+    except asyncio.CancelledError:
+        return 0
+    await set_health(health_servicer, serving=True)
+    reporter.ready(config.address)
+    await stop.wait()
+    await server.stop(grace=None)
+    return 0
+
+
+async def _unless(stop: asyncio.Event, loading: asyncio.Future[Worker]) -> Worker:
+    """The loaded worker. Raises `CancelledError` when the process is told to stop first."""
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait((stopping, loading), return_when=asyncio.FIRST_COMPLETED)
+    if not loading.done():
+        raise asyncio.CancelledError
+    stopping.cancel()
+    return loading.result()
+
+
+def _load(config: ShardConfig, reporter: StartReporter) -> Worker:
+    """On the model thread: torch is imported here, after the port is open."""
+    from shard.worker import start
+
+    return start(config, reporter.loading)
+
+
+if __name__ == "__main__":
+    main()

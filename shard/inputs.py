@@ -1,0 +1,181 @@
+"""Plans to tensors: this rank's small mirror of the router's bookkeeping.
+
+A seat is a sequence's row in a table of block ids and its number of tokens fed so far; everything else about a sequence
+stays in the router. Each rank applies the same plans in the same order and so holds the same mirror.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from proto import shard_pb2 as pb
+from shard.attention import AttentionBatch
+from shard.sampler import SamplingParams
+
+Int32Array = npt.NDArray[np.int32]
+Int64Array = npt.NDArray[np.int64]
+
+
+class PlanError(Exception):
+    """A plan that contradicts the ones before it. The epoch cannot go on."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInputs:
+    """One step as tensors. T tokens fed, E rows that emit, S scored prompt tokens."""
+
+    input_ids: Tensor  # [T] int64
+    positions: Tensor  # [T] int64
+    batch: AttentionBatch
+    emit_rows: list[int]  # [E] index of the row in the plan
+    emit_seats: list[int]  # [E]
+    emit_positions: list[int]  # [E] index in its sequence of the token to be chosen
+    emit_index: Tensor  # [E] int64, into the T tokens
+    target_index: Tensor  # [S] int64, into the T tokens
+    targets: Tensor  # [S] int64
+
+
+class Seats:
+    """Block tables, lengths and last sampled tokens of the sequences of one epoch."""
+
+    def __init__(self, *, num_blocks: int, block_size: int, max_seats: int, max_positions: int, device: torch.device):
+        max_blocks = num_blocks
+        if max_positions:
+            max_blocks = min(num_blocks, -(-max_positions // block_size) + 1)
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.device = device
+        self._tables: Int32Array = np.zeros((max_seats, max_blocks), dtype=np.int32)
+        self._num_blocks: Int64Array = np.zeros(max_seats, dtype=np.int64)
+        self._num_tokens: Int64Array = np.zeros(max_seats, dtype=np.int64)
+        self._is_open = np.zeros(max_seats, dtype=np.bool_)
+        self.last_token = torch.zeros(max_seats, dtype=torch.int64, device=device)
+        """[max_seats] each seat's last sampled token; never leaves the device before it is fed."""
+
+    def close(self, seat: int) -> None:
+        if not self._is_open[seat]:
+            raise PlanError(f"seat {seat} is closed but was not open")
+        self._is_open[seat] = False
+
+    def open(self, seat: int, blocks: Sequence[int], num_cached_tokens: int) -> None:
+        if self._is_open[seat]:
+            raise PlanError(f"seat {seat} is opened twice")
+        if num_cached_tokens > len(blocks) * self.block_size:
+            raise PlanError(f"seat {seat} starts at {num_cached_tokens} tokens with {len(blocks)} blocks")
+        self._is_open[seat] = True
+        self._num_blocks[seat] = 0
+        self._num_tokens[seat] = num_cached_tokens
+        self._append_blocks(seat, blocks)
+
+    def _append_blocks(self, seat: int, blocks: Sequence[int]) -> None:
+        start = self._num_blocks[seat]
+        end = start + len(blocks)
+        if end > self._tables.shape[1] or max(blocks, default=1) >= self.num_blocks or min(blocks, default=1) < 1:
+            raise PlanError(f"seat {seat} cannot take blocks {list(blocks)} after {start}")
+        self._tables[seat, start:end] = blocks
+        self._num_blocks[seat] = end
+
+    def build(self, plan: pb.StepPlan) -> ModelInputs:
+        """Applies the plan's rows and returns their tensors. Raises `PlanError`; then the mirror is spoilt."""
+        seats = np.fromiter(plan.row_seat, dtype=np.int64, count=len(plan.row_seat))
+        num_tokens = np.fromiter(plan.row_num_tokens, dtype=np.int64, count=len(seats))
+        if not self._is_open[seats].all():
+            raise PlanError(f"a row continues a closed seat: {seats[~self._is_open[seats]].tolist()}")
+        self._append_new_blocks(plan)
+        query_starts = np.concatenate(([0], np.cumsum(num_tokens)))
+        starts = self._num_tokens[seats]
+        context_lens = starts + num_tokens
+        if (context_lens > self._num_blocks[seats] * self.block_size).any():
+            raise PlanError("a row reaches past its block table")
+        self._num_tokens[seats] = context_lens
+
+        row_of_token = np.repeat(np.arange(len(seats)), num_tokens)  # [T]
+        positions = np.arange(query_starts[-1]) - query_starts[row_of_token] + starts[row_of_token]
+        blocks = self._tables[seats[row_of_token], positions // self.block_size].astype(np.int64)
+        slots = blocks * self.block_size + positions % self.block_size
+        max_blocks = int(-(-context_lens.max(initial=1) // self.block_size))
+        batch = AttentionBatch.build(
+            slots=torch.from_numpy(slots),
+            query_starts=query_starts.tolist(),
+            context_lens=context_lens.tolist(),
+            block_tables=torch.from_numpy(self._tables[seats, :max_blocks]),
+            block_size=self.block_size,
+            device=self.device,
+        )
+        emit = np.fromiter(plan.row_emit, dtype=np.bool_, count=len(seats))
+        target_index = self._target_index(plan, query_starts)
+        return ModelInputs(
+            input_ids=self._input_ids(plan, seats, query_starts),
+            positions=torch.from_numpy(positions).to(self.device),
+            batch=batch,
+            emit_rows=np.flatnonzero(emit).tolist(),
+            emit_seats=seats[emit].tolist(),
+            emit_positions=context_lens[emit].tolist(),
+            emit_index=torch.from_numpy(query_starts[1:][emit] - 1).to(self.device),
+            target_index=torch.from_numpy(target_index).to(self.device),
+            targets=torch.tensor(plan.targets, dtype=torch.int64, device=self.device),
+        )
+
+    def _append_new_blocks(self, plan: pb.StepPlan) -> None:
+        start = 0
+        for seat, count in zip(plan.row_seat, plan.row_num_new_blocks, strict=True):
+            if count:
+                self._append_blocks(seat, plan.new_blocks[start : start + count])
+                start += count
+
+    def _input_ids(self, plan: pb.StepPlan, seats: Int64Array, query_starts: Int64Array) -> Tensor:
+        """[T] the literals, and the last sampled token of the rows that have none."""
+        num_literals = np.fromiter(plan.row_num_literals, dtype=np.int64, count=len(seats))
+        num_tokens = np.diff(query_starts)
+        fed = num_literals == 0
+        if (num_tokens[fed] != 1).any() or (num_literals[~fed] != num_tokens[~fed]).any():
+            raise PlanError("a row's literals are not all of its tokens")
+        is_literal = np.repeat(~fed, num_tokens)
+        if int(is_literal.sum()) != len(plan.literals):
+            raise PlanError(f"{len(plan.literals)} literals for {int(is_literal.sum())} places")
+        host = np.zeros(len(is_literal), dtype=np.int64)
+        host[is_literal] = plan.literals
+        input_ids = torch.from_numpy(host).to(self.device)
+        if fed.any():
+            places = torch.from_numpy(query_starts[:-1][fed]).to(self.device)
+            input_ids[places] = self.last_token[torch.from_numpy(seats[fed]).to(self.device)]
+        return input_ids
+
+    def _target_index(self, plan: pb.StepPlan, query_starts: Int64Array) -> Int64Array:
+        """[S] where in the packed tokens each scored token lies: the leading tokens of its row."""
+        counts = np.fromiter(plan.row_num_targets, dtype=np.int64, count=len(plan.row_num_targets))
+        if not counts.any():
+            return np.zeros(0, dtype=np.int64)
+        ends = np.cumsum(counts)
+        row_of_target = np.repeat(np.arange(len(counts)), counts)
+        return query_starts[row_of_target] + np.arange(ends[-1]) - (ends - counts)[row_of_target]
+
+
+def sampling_params(sampling: pb.Sampling) -> SamplingParams:
+    """The wire's message as plain data."""
+    return SamplingParams(
+        do_sample=sampling.do_sample,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        typical_p=sampling.typical_p,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        presence_penalty=sampling.presence_penalty,
+        seed=sampling.seed,
+        bias_token_ids=tuple(sampling.bias_token_ids),
+        bias_values=tuple(sampling.bias_values),
+        watermark_gamma=sampling.watermark_gamma,
+        watermark_delta=sampling.watermark_delta,
+        top_n_tokens=sampling.top_n_tokens,
+        no_repeat_ngram_size=sampling.no_repeat_ngram_size,
+        min_new_tokens=sampling.min_new_tokens,
+        bad_words=tuple(tuple(run.token_ids) for run in sampling.bad_words),
+    )

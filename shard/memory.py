@@ -1,0 +1,42 @@
+"""How much memory KV blocks may take when nobody says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+import torch
+
+CPU_SHARE: Final = 0.25
+CPU_MAX_BYTES: Final = 4 << 30
+
+
+def default_kv_bytes(device: torch.device, world_size: int, cuda_memory_fraction: float) -> int:
+    """Bytes for this rank's KV memory.
+
+    On CUDA what is free below `cuda_memory_fraction` of the device. On a CPU a quarter of the available memory shared
+    among the ranks, at most 4 GiB: the pages are only touched as sequences need them.
+    """
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return max(0, int(free - (1.0 - cuda_memory_fraction) * total))
+    return min(CPU_MAX_BYTES, int(_available_bytes() * CPU_SHARE)) // world_size
+
+
+def _available_bytes() -> int:
+    """MemAvailable, or less where a control group allows less."""
+    available = _meminfo_available()
+    for limit_file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            available = min(available, int(Path(limit_file).read_text()))
+        except (OSError, ValueError):  # no such control group, or "max"
+            continue
+    return available
+
+
+def _meminfo_available() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        name, _, rest = line.partition(":")
+        if name == "MemAvailable":
+            return int(rest.split()[0]) * 1024
+    return CPU_MAX_BYTES

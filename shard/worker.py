@@ -1,0 +1,228 @@
+"""The model thread's work: load, configure, and run one plan after the other.
+
+Everything here touches tensors and runs on one thread, because collectives must be entered in the same order on every
+rank. A rank that raises is lost: it never repairs itself, the router replays.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from proto import shard_pb2 as pb
+from shard.checkpoint import resolve
+from shard.config import ShardConfig
+from shard.distributed import RankGroup, connect
+from shard.inputs import ModelInputs, PlanError, Seats, sampling_params
+from shard.memory import default_kv_bytes
+from shard.model import Model, load_model
+from shard.sampler import Sampled, Sampler, score
+
+SCORE_ROWS: Final = 128
+"""Prompt positions scored at once: 128 rows of a 150k vocabulary in float32 are 77 MB."""
+
+
+def start(config: ShardConfig, on_progress: Callable[[int, int], None]) -> Worker:
+    """Joins the group and loads this rank's part. Raises `LoadError` with a one-line cause."""
+    device = _device(config)
+    torch.set_num_threads(config.num_threads or max(1, torch.get_num_threads() // config.world_size))
+    checkpoint = resolve(config.model_id, revision=config.revision or None)
+    group = connect(config.rank, config.world_size, config.store_path, device, config.join_timeout_s)
+    model = load_model(
+        checkpoint.directory, dtype=_dtype(config, device), device=device, group=group, on_progress=on_progress
+    )
+    return Worker(config, model, group, checkpoint.revision)
+
+
+def _device(config: ShardConfig) -> torch.device:
+    kind = config.device
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cpu":
+        return torch.device("cpu")
+    device = torch.device("cuda", config.rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def _dtype(config: ShardConfig, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 where the device multiplies it natively and float32 elsewhere."""
+    if config.dtype != "auto":
+        named: torch.dtype = getattr(torch, config.dtype)
+        return named
+    if device.type == "cuda" or torch.cpu._is_avx512_bf16_supported():
+        return torch.bfloat16
+    return torch.float32
+
+
+class Worker:
+    """One rank's model and the state of the epoch it is in."""
+
+    def __init__(self, config: ShardConfig, model: Model, group: RankGroup, revision: str) -> None:
+        self._config = config
+        self._model = model
+        self._group = group
+        self._revision = revision
+        self._epoch = 0
+        self._next_step = 1
+        self._ended_at = 0.0
+        self._seats: Seats | None = None
+        self._sampler: Sampler | None = None
+
+    def describe(self) -> pb.ShardInfo:
+        model = self._model
+        kv_bytes = self._config.kv_cache_bytes or default_kv_bytes(
+            model.device, self._group.world_size, self._config.cuda_memory_fraction
+        )
+        return pb.ShardInfo(
+            rank=self._group.rank,
+            world_size=self._group.world_size,
+            model_id=self._config.model_id,
+            revision=self._revision,
+            model_type=model.model_type,
+            dtype=str(model.dtype).removeprefix("torch."),
+            device=model.device.type,
+            vocab_size=model.vocab_size,
+            eos_token_ids=model.eos_token_ids,
+            max_positions=model.max_positions,
+            block_size=model.block_size,
+            bytes_per_block=model.bytes_per_block,
+            kv_budget_bytes=kv_bytes,
+            last_epoch=self._epoch,
+        )
+
+    def configure(self, request: pb.ConfigureRequest) -> pb.ConfigureReply:
+        """Begins an epoch with empty KV memory. Raises `PlanError` for an epoch that is not newer."""
+        if request.epoch <= self._epoch:
+            raise PlanError(f"epoch {request.epoch} is not above {self._epoch}")
+        if request.block_size != self._model.block_size:
+            raise PlanError(f"block size {request.block_size} is not this rank's {self._model.block_size}")
+        self._epoch, self._next_step = request.epoch, 1
+        self._model.allocate(request.num_blocks)
+        self._seats = Seats(
+            num_blocks=request.num_blocks,
+            block_size=request.block_size,
+            max_seats=request.max_seats,
+            max_positions=self._model.max_positions,
+            device=self._model.device,
+        )
+        if self._group.rank == 0:
+            self._sampler = Sampler(
+                vocab_size=self._model.vocab_size,
+                max_seats=request.max_seats,
+                eos_token_ids=self._model.eos_token_ids,
+                device=self._model.device,
+            )
+        return pb.ConfigureReply(epoch=request.epoch, kv_bytes=request.num_blocks * self._model.bytes_per_block)
+
+    @torch.inference_mode()
+    def step(self, plan: pb.StepPlan, arrived_at: float) -> pb.FromShard:
+        """Runs one plan. `arrived_at` is `time.perf_counter` when it was received. Any exception ends the epoch."""
+        begun_at = time.perf_counter()
+        seats = self._take_turns(plan)
+        inputs = seats.build(plan) if plan.row_seat else None
+        built_at = time.perf_counter()
+        output = pb.StepOutput(step=plan.step, row_num_emitted=[0] * len(plan.row_seat))
+        token_ids: list[int] = []
+        forwarded_at = built_at
+        if inputs is not None:
+            hidden = self._model.hidden(inputs.input_ids, inputs.positions, inputs.batch)
+            output.target_logprobs.extend(self._score_targets(hidden, inputs))
+            logits = self._model.logits(hidden[inputs.emit_index]) if inputs.emit_rows else None
+            forwarded_at = time.perf_counter()
+            if logits is not None:
+                token_ids = self._choose(logits, inputs, seats, output)
+        digest = token_digest(token_ids)
+        ended_at = time.perf_counter()
+        output.digest = digest
+        output.timings.wait_us = _microseconds(max(0.0, arrived_at - self._ended_at) if self._ended_at else 0.0)
+        output.timings.inputs_us = _microseconds(built_at - begun_at)
+        output.timings.forward_us = _microseconds(forwarded_at - built_at)
+        output.timings.sample_us = _microseconds(ended_at - forwarded_at)
+        self._ended_at = ended_at
+        if self._group.rank:
+            return pb.FromShard(ack=pb.StepAck(step=plan.step, digest=digest))
+        return pb.FromShard(output=output)
+
+    def _take_turns(self, plan: pb.StepPlan) -> Seats:
+        """Closes and opens seats, and shows the sampler the literals of the rows to come."""
+        seats, sampler = self._seats, self._sampler
+        if seats is None:
+            raise PlanError("a plan came before the first epoch was configured")
+        if plan.step != self._next_step:
+            raise PlanError(f"step {plan.step} came instead of {self._next_step}")
+        self._next_step += 1
+        for seat in plan.closes:
+            seats.close(seat)
+            if sampler is not None:
+                sampler.close(seat)
+        for open_ in plan.opens:
+            seats.open(open_.seat, open_.blocks, open_.num_cached_tokens)
+            if sampler is not None:
+                sampler.open(open_.seat, sampling_params(open_.sampling), open_.history, open_.num_prompt_tokens)
+        if sampler is not None and plan.literals:
+            start = 0
+            for seat, count in zip(plan.row_seat, plan.row_num_literals, strict=True):
+                if count:
+                    sampler.feed(seat, plan.literals[start : start + count])
+                    start += count
+        return seats
+
+    def _score_targets(self, hidden: Tensor, inputs: ModelInputs) -> list[float]:
+        """[S] prompt logprobs, lm_head in chunks; every rank takes part, rank 0 has the result."""
+        scores: list[float] = []
+        for start in range(0, len(inputs.targets), SCORE_ROWS):
+            chunk = slice(start, start + SCORE_ROWS)
+            logits = self._model.logits(hidden[inputs.target_index[chunk]])
+            if self._group.rank == 0:
+                scores += score(logits, inputs.targets[chunk]).tolist()
+        return scores
+
+    def _choose(self, logits: Tensor, inputs: ModelInputs, seats: Seats, output: pb.StepOutput) -> list[int]:
+        """Rank 0 samples; every rank then holds the same last tokens. Returns them on the host."""
+        sampled: Sampled | None = None
+        if self._sampler is not None:
+            sampled = self._sampler.sample(logits, inputs.emit_seats, inputs.emit_positions)
+            chosen = sampled.token_ids
+        else:
+            chosen = torch.empty(len(inputs.emit_rows), dtype=torch.int64, device=seats.device)
+        if self._group.world_size > 1:
+            self._group.broadcast(chosen)
+        seats.last_token[torch.tensor(inputs.emit_seats, device=seats.device)] = chosen
+        token_ids: list[int] = chosen.tolist()
+        if sampled is not None:
+            _fill_output(output, sampled, inputs.emit_rows, token_ids)
+        return token_ids
+
+
+def _fill_output(output: pb.StepOutput, sampled: Sampled, emit_rows: Sequence[int], token_ids: list[int]) -> None:
+    faults: list[bool] = sampled.faults.tolist()
+    logprobs: list[float] = sampled.logprobs.tolist()
+    top_ids, top_logprobs = sampled.top_ids.tolist(), sampled.top_logprobs.tolist()
+    for index, row in enumerate(emit_rows):
+        if faults[index]:
+            output.row_faults.add(row=row, message="the model's logits are not finite")
+            continue
+        output.row_num_emitted[row] = 1
+        num_top = sampled.num_top[index]
+        output.token_ids.append(token_ids[index])
+        output.logprobs.append(logprobs[index])
+        output.num_top.append(num_top)
+        output.top_token_ids.extend(top_ids[index][:num_top])
+        output.top_logprobs.extend(top_logprobs[index][:num_top])
+
+
+def token_digest(token_ids: Sequence[int]) -> int:
+    """64 bits of BLAKE2b over the ids as little-endian uint32: equal on every rank that was told the same tokens."""
+    packed = np.asarray(token_ids, dtype="<u4").tobytes()
+    return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little")
+
+
+def _microseconds(seconds: float) -> int:
+    return min(int(seconds * 1e6), 2**32 - 1)
