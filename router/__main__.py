@@ -141,7 +141,12 @@ async def _start(config: Config, listener: socket.socket, stack: AsyncExitStack)
     stack.callback(tokenizer.close)
     limits = Limits.derive(config, _capacity(info), tokenizer)
     metrics = Metrics(max_input_tokens=limits.max_input_tokens, max_total_tokens=limits.max_total_tokens)
-    settings = EngineSettings(config.lookahead, config.step_timeout, LOAD_TIMEOUT_S, config.prefix_caching)
+    settings = EngineSettings(
+        lookahead=config.lookahead,
+        step_timeout_s=config.step_timeout,
+        load_timeout_s=LOAD_TIMEOUT_S,
+        prefix_caching=config.prefix_caching,
+    )
     engine = Engine(client, tokenizer, metrics, settings, prefix_seed=secrets.token_bytes(16), restart=restart)
     app = create_app(config, engine, Validator(limits, tokenizer), tokenizer, metrics)
     return engine, HttpServer(app), ready_message(config, info, listener.getsockname()[1])

@@ -110,21 +110,22 @@ class LocalGroup:
         store = self._directory / f"store-{self._life}"
         store.unlink(missing_ok=True)
         self._processes = [await self._spawn(rank, store) for rank in range(self._settings.world_size)]
-        readiness = [asyncio.create_task(p.ready.wait()) for p in self._processes]
+        loaded = asyncio.create_task(self._wait_until_loaded())
         death = asyncio.create_task(self.wait_for_death())
         try:
-            all_ready = asyncio.gather(*readiness)
-            await asyncio.wait((all_ready, death), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((loaded, death), return_when=asyncio.FIRST_COMPLETED)
             if death.done():
-                all_ready.cancel()
                 raise StartupError(death.result())
         except BaseException:
             await self.kill()
             raise
         finally:
+            loaded.cancel()
             death.cancel()
-            for task in readiness:
-                task.cancel()
+
+    async def _wait_until_loaded(self) -> None:
+        for entry in self._processes:
+            await entry.ready.wait()
 
     async def _spawn(self, rank: int, store: Path) -> _Process:
         self._socket(rank).unlink(missing_ok=True)

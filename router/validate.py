@@ -157,6 +157,7 @@ class Validator:
         self._check_truncate(parameters.truncate)
         prompt = await self._tokenizer.encode_async(inputs)
         _require(len(prompt) > 0, "`inputs` cannot be empty")
+        self._check_token_ids(prompt)
         prompt = prompt[-(parameters.truncate or len(prompt)) :]
         max_new_tokens = self._max_new_tokens(len(prompt), parameters)
         _require(not parameters.has_grammar, "grammar is not supported")
@@ -171,6 +172,14 @@ class Validator:
             prompt_logprobs=parameters.decoder_input_details,
         )
         return Demand(_with_seeds(request, parameters), len(prompt))
+
+    def _check_token_ids(self, prompt: Sequence[int]) -> None:
+        """A tokenizer may know more tokens than the model has embeddings for; fed one, a shard would fail."""
+        largest = max(prompt)
+        _require(
+            largest < self.limits.vocab_size,
+            f"tokenizer error: token {largest} is not in the model's vocabulary of {self.limits.vocab_size}",
+        )
 
     def _check_native(self, parameters: Parameters) -> None:
         """TGI's rules, in TGI's order."""

@@ -328,6 +328,16 @@ def test_inputs_without_tokens_count_as_empty() -> None:
         anyio.run(validate)
 
 
+def test_a_token_without_an_embedding_is_refused() -> None:
+    validator = Validator(replace(Limits.derive(CONFIG, CAPACITY, TOKENIZER), vocab_size=3), TOKENIZER)
+
+    async def validate() -> None:
+        await validator.validate("The capital", Parameters(), "id")
+
+    with pytest.raises(ValidationError, match="not in the model's vocabulary of 3"):
+        anyio.run(validate)
+
+
 # Limits
 
 
