@@ -140,6 +140,23 @@ def test_the_router_serves_without_torch(tmp_path: Path) -> None:
         ghost.stdout.close()
 
 
+def test_a_shard_starts_without_fastapi(smollm2: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(['fastapi', 'starlette', 'uvicorn', 'pydantic', 'router']));"
+        "from shard.__main__ import main; main()"
+    )
+    flags = ("--model-id", str(smollm2), "--address", f"unix:{tmp_path}/rank-0", "--report")
+    shard = subprocess.Popen([sys.executable, "-c", code, *flags], stdout=subprocess.PIPE)
+    try:
+        assert shard.stdout is not None
+        events = (json.loads(line)["event"] for line in shard.stdout)
+        assert next(event for event in events if event != "loading") == "ready"
+    finally:
+        shard.kill()
+        shard.wait()
+        shard.stdout.close()
+
+
 def assert_one_line_cause(done: subprocess.CompletedProcess[str], cause: str) -> None:
     assert done.returncode not in (0, -signal.SIGKILL)
     assert done.stdout == ""
