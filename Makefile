@@ -25,12 +25,15 @@ LOCK := $(if $(shell command -v flock),flock build/lock)
 
 SOURCES := proto router shard tests
 
+CLIENTS := $(patsubst tests/clients/pins/%.txt,build/clients/%/installed,$(wildcard tests/clients/pins/*.txt)) \
+	build/clients/node/installed
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup everything model serve test check lint types arch format proto bench clean distclean
+.PHONY: help setup everything model serve test test-all test-clients check lint types arch format proto readme bench clean distclean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "Variables: MODEL_ID=$(MODEL_ID) NUM_SHARD=$(NUM_SHARD) PORT=$(PORT) DTYPE=$(DTYPE) URL=$(URL) PYTHON=$(PYTHON)"
 	@echo "           ARGS= is handed on to the server, pytest or the bench."
 
@@ -44,6 +47,13 @@ serve: setup ## Serve MODEL_ID on PORT with NUM_SHARD ranks in DTYPE
 test: setup ## Run the tests (ARGS="tests/test_x.py -k name" for some of them)
 	@$(BIN)/python -m pytest $(ARGS)
 
+test-all: setup ## Run the tests and the exhaustive matrices behind some of them
+	@$(BIN)/python -m pytest -m "not clients" $(ARGS)
+
+test-clients: setup ## Install the clients of others, unmodified, and run them against a server
+	@$(LOCK) $(MAKE) --no-print-directory $(CLIENTS)
+	@$(BIN)/python -m pytest -m "" tests/clients $(ARGS)
+
 check: lint types arch ## Check format, lint, types and the direction of imports
 
 format: setup ## Format the code and repair what can be repaired
@@ -51,6 +61,9 @@ format: setup ## Format the code and repair what can be repaired
 	@$(BIN)/ruff check --fix $(SOURCES)
 
 proto: setup ## Build proto/shard_pb2*.py from proto/shard.proto
+
+readme: setup ## Write the configuration table into README.md
+	@$(BIN)/python -m tests.readme
 
 bench: setup ## Measure the server at URL
 	@$(BIN)/python -m tests.bench.load --url $(URL) $(ARGS)
@@ -73,6 +86,20 @@ types: setup
 
 arch: setup
 	@$(BIN)/lint-imports
+
+# Each client has an environment of its own, because what they pin conflicts; the pins are complete, so nothing is
+# resolved and no torch can slip in.
+build/clients/%/installed: tests/clients/pins/%.txt
+	@echo "installing the client $*"
+	@rm -rf $(@D) && $(BIN)/python -m venv --without-pip $(@D)
+	@$(BIN)/python -m pip --python $(@D)/bin/python install -qq --disable-pip-version-check --no-deps -r $<
+	@touch $@
+
+build/clients/node/installed: tests/clients/pins/node/package.json tests/clients/pins/node/package-lock.json
+	@echo "installing the clients for node"
+	@rm -rf $(@D) && mkdir -p $(@D) && cp $^ $(@D)
+	@npm ci --prefix $(@D) --silent --no-audit --no-fund
+	@touch $@
 
 # The parts of `setup`, run under its lock.
 everything: $(VENV)/installed proto/shard_pb2.py model

@@ -1,0 +1,94 @@
+"""What the Python drivers share: finding their rows, running them, reporting them.
+
+A driver is a script full of functions `row_<number>_<what must hold>`, numbered as in the acceptance matrix. It runs in
+the environment of the client it drives, against servers that run already, and prints one JSON line per row, whose
+problem is null or a traceback. So this module knows nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import json
+import sys
+import traceback
+import urllib.error
+import urllib.request
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from types import ModuleType
+
+Row = Callable[["Servers"], Awaitable[None] | None]
+
+PROMPT = "The capital of France is"
+PROMPT_IDS = [504, 3575, 282, 4649, 314]
+
+
+@dataclass(frozen=True, slots=True)
+class Servers:
+    """Their URLs."""
+
+    plain: str
+    """SmolLM2, with default settings."""
+    strict: str
+    """SmolLM2, one sequence at a time and only with the key."""
+    key: str
+    failing: str
+    """Streams two tokens and fails."""
+    incomplete: str
+    """Ends without saying why."""
+    slow: str
+    """Is silent for longer than any keep-alive interval before each token."""
+
+
+def run(driver: ModuleType) -> None:
+    """Runs all rows of a driver; the command line names the servers."""
+    servers = Servers(**json.loads(sys.argv[1]))
+    for name, row in vars(driver).items():
+        if name.startswith("row_"):
+            sys.stdout.write(json.dumps({"row": name, "problem": _problem(row, servers)}) + "\n")
+            sys.stdout.flush()
+
+
+def _problem(row: Row, servers: Servers) -> str | None:
+    try:
+        running = row(servers)
+        if inspect.iscoroutine(running):
+            asyncio.run(running)
+    except Exception:
+        return traceback.format_exc()
+    return None
+
+
+@contextlib.contextmanager
+def raises(kind: type[Exception], message: str) -> Iterator[None]:
+    """The block must raise exactly `kind`, and say `message` somewhere."""
+    try:
+        yield
+    except Exception as error:
+        if type(error) is not kind or message not in str(error):
+            raise AssertionError(f"expected {kind.__name__} with {message!r}, not {error!r}") from error
+    else:
+        raise AssertionError(f"expected {kind.__name__}, not success")
+
+
+@contextlib.contextmanager
+def occupied(servers: Servers) -> Iterator[None]:
+    """The strict server's only place is taken."""
+    headers = {"content-type": "application/json", "authorization": f"Bearer {servers.key}"}
+    body = json.dumps({"inputs": PROMPT, "parameters": {"max_new_tokens": 1500}}).encode()
+    request = urllib.request.Request(f"{servers.strict}/generate_stream", body, headers)
+    with _open_patiently(request) as stream:
+        assert stream.readline().startswith(b"data: {")
+        yield
+
+
+def _open_patiently(request: urllib.request.Request) -> contextlib.closing:
+    """Whoever had the place before may have left only just now."""
+    while True:
+        try:
+            return contextlib.closing(urllib.request.urlopen(request, timeout=60))
+        except urllib.error.HTTPError as refusal:
+            if refusal.code != 429:
+                raise
