@@ -1,6 +1,6 @@
 """`python -m router`: starts local shards unless told where some are, joins the group, serves HTTP until told to stop.
 
-    bind the port ─► find the model ─► start shards ─► connect ─► load the tokenizer ─► serve ─► drain ─► stop shards
+    bind the port ─► find the model ─► load the tokenizer ─► start shards ─► connect ─► serve ─► drain ─► stop shards
 
 The first SIGTERM or SIGINT refuses new requests and lets running ones finish within `--drain-timeout`; the second ends
 everything at once.
@@ -16,7 +16,7 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Coroutine, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -27,12 +27,13 @@ from fastapi import FastAPI
 from router.api.app import create_app
 from router.config import Config, load_config
 from router.console import LoadingDisplay, configure_logging, ready_message, say
-from router.engine import Engine, EngineSettings
-from router.errors import GroupLost, NotReady, StartupError
-from router.group.client import Demands, GroupClient, GroupInfo
+from router.engine import SHUTTING_DOWN, Elsewhere, Engine, EngineSettings, Supervisor
+from router.errors import GroupLost, StartupError
+from router.group.client import Demands, GroupClient
 from router.launch import LaunchSettings, LocalGroup, find_checkpoint
 from router.metrics import Metrics
 from router.models import find_text_files
+from router.text.chat import ChatTemplate
 from router.text.tokenizer import Tokenizer
 from router.validate import Capacity, Limits, Validator
 
@@ -44,6 +45,7 @@ FIND_TIMEOUT_S: Final = 8.0
 LOAD_TIMEOUT_S: Final = 3600.0
 """A rank that listens may take this long to load its weights."""
 
+BACKLOG: Final = 2048
 CLOSE_TIMEOUT_S: Final = 5
 """After the drain nothing should be left to send; connections that are still open are cut."""
 
@@ -53,6 +55,9 @@ T = TypeVar("T")
 def main() -> None:
     loaded = load_config(sys.argv[1:], os.environ)
     configure_logging(loaded.config)
+    if loaded.config.huggingface_hub_cache:
+        os.environ["HF_HUB_CACHE"] = loaded.config.huggingface_hub_cache
+    os.environ["LOG_LEVEL"] = loaded.config.log_level  # for the shards
     for notice in loaded.notices:
         logger.warning("%s", notice)
     try:
@@ -65,99 +70,100 @@ def main() -> None:
 
 
 async def _run(config: Config) -> None:
-    """Raises `StartupError` if the server cannot start or its group is given up, `CancelledError` if told to hurry."""
-    stop = asyncio.Event()
-    _stop_on_signals(stop)
-    async with AsyncExitStack() as stack:
-        listener = stack.enter_context(_listen(config))
-        engine, server, message = await _start(config, listener, stack)
-        loop = stack.enter_context(_task(engine.run()))
-        http = stack.enter_context(_task(server.serve(sockets=[listener])))
-        stopping = stack.enter_context(_task(stop.wait()))
-        if not stop.is_set():
-            say(message)
-        await asyncio.wait((stopping, loop, http), return_when=asyncio.FIRST_COMPLETED)
-        await _drain(config, engine)
-        server.should_exit = True
-        await http
-        if loop.done():
-            loop.result()
+    """Serves until told to stop; also returns if that comes while the model loads.
+
+    Raises `StartupError` if the server cannot start or its group is given up, `CancelledError` if told to hurry.
+    """
+    signals = _Signals()
+    with _listen(config) as listener:
+        starting = asyncio.create_task(_start_and_serve(config, listener, signals))
+        signals.cancel_instead = starting
+        try:
+            await starting
+        except asyncio.CancelledError:
+            if signals.num_received != 1:
+                raise
 
 
-def _stop_on_signals(stop: asyncio.Event) -> None:
-    """The first SIGTERM or SIGINT asks, the second insists."""
-    loop, main_task = asyncio.get_running_loop(), asyncio.current_task()
-    assert main_task is not None
+class _Signals:
+    """The first SIGTERM or SIGINT asks to stop, a second one insists."""
 
-    def on_signal() -> None:
-        if stop.is_set():
-            main_task.cancel()
-        stop.set()
+    def __init__(self) -> None:
+        self.num_received = 0
+        self.stop = asyncio.Event()
+        self.cancel_instead: asyncio.Task[None] | None = None
+        """What a signal cancels, while there is nothing to drain or when it is the second."""
+        self.is_serving = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._receive)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal)
+    def _receive(self) -> None:
+        self.num_received += 1
+        self.stop.set()
+        if self.cancel_instead is not None and (not self.is_serving or self.num_received > 1):
+            self.cancel_instead.cancel()
 
 
-@contextmanager
-def _task(work: Coroutine[object, object, T]) -> Iterator[asyncio.Task[T]]:
-    """A task that is cancelled on the way out."""
-    task = asyncio.create_task(work)
-    try:
-        yield task
-    finally:
-        task.cancel()
+async def _start_and_serve(config: Config, listener: socket.socket, signals: _Signals) -> None:
+    """Each part is undone in the reverse order: HTTP, engine, client, shards."""
+    directory = await _find_model(config)
+    tokenizer = Tokenizer.load(directory, workers=config.validation_workers)
+    template = ChatTemplate.load(directory, workers=config.validation_workers)
+    async with (
+        _group(config, directory) as (addresses, supervisor),
+        _connected(config, addresses) as client,
+    ):
+        engine, server = _assemble(config, client, tokenizer, template, supervisor)
+        async with (
+            _background(engine.run()) as loop,
+            _background(server.serve(sockets=[listener])) as http,
+            _background(signals.stop.wait()) as stopping,
+        ):
+            signals.is_serving = True
+            say(ready_message(config, client.info, listener.getsockname()[1]))
+            await asyncio.wait((stopping, loop, http), return_when=asyncio.FIRST_COMPLETED)
+            await _drain(config, engine)
+            server.should_exit = True
+            await http
+            if loop.done():
+                loop.result()
 
 
 @contextmanager
 def _listen(config: Config) -> Iterator[socket.socket]:
-    """The HTTP socket, bound before anything slow is started. Raises `StartupError` if the port is taken."""
+    """The HTTP socket, listening before anything slow is started: whoever connects meanwhile waits in the backlog.
+
+    Raises `StartupError` if the port is taken.
+    """
     family = socket.AF_INET6 if ":" in config.hostname else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((config.hostname, config.port))
+            listener.listen(BACKLOG)
         except OSError as error:
             raise StartupError(f"cannot listen on {config.hostname}:{config.port}: {error.strerror}") from error
         yield listener
 
 
-async def _start(config: Config, listener: socket.socket, stack: AsyncExitStack) -> tuple[Engine, HttpServer, str]:
-    """Everything up to the moment when requests can be served; `stack` undoes it. The string is for the operator."""
-    restart = _nobody_restarts
-    addresses = list(config.shard_addresses)
-    if addresses:
-        directory = await asyncio.to_thread(find_text_files, config.model_id, config.revision)
-    else:
-        directory = await find_checkpoint(config.model_id, config.revision)
-        group = await stack.enter_async_context(_local_group(config, directory))
-        addresses, restart = group.addresses, group.restart
-    client = GroupClient(addresses, _demands(config))
-    stack.push_async_callback(client.close, goodbye=True)
-    try:
-        info = await client.connect(find_s=FIND_TIMEOUT_S, load_s=LOAD_TIMEOUT_S)
-    except GroupLost as error:
-        raise StartupError(str(error)) from error
-    tokenizer = Tokenizer.load(directory, workers=config.validation_workers)
-    stack.callback(tokenizer.close)
-    limits = Limits.derive(config, _capacity(info), tokenizer)
-    metrics = Metrics(max_input_tokens=limits.max_input_tokens, max_total_tokens=limits.max_total_tokens)
-    settings = EngineSettings(
-        lookahead=config.lookahead,
-        step_timeout_s=config.step_timeout,
-        load_timeout_s=LOAD_TIMEOUT_S,
-        prefix_caching=config.prefix_caching,
-    )
-    engine = Engine(client, tokenizer, metrics, settings, prefix_seed=secrets.token_bytes(16), restart=restart)
-    app = create_app(config, engine, Validator(limits, tokenizer), tokenizer, metrics)
-    return engine, HttpServer(app), ready_message(config, info, listener.getsockname()[1])
+async def _find_model(config: Config) -> Path:
+    """The model's directory: with weights if they are loaded here, else with the small files at least."""
+    if config.shard_addresses:
+        return await asyncio.to_thread(find_text_files, config.model_id, config.revision)
+    return await find_checkpoint(config.model_id, config.revision)
 
 
 @asynccontextmanager
-async def _local_group(config: Config, directory: Path) -> AsyncIterator[LocalGroup]:
+async def _group(config: Config, directory: Path) -> AsyncIterator[tuple[list[str], Supervisor]]:
+    """Where the shards are and who keeps them alive; local ones are started and, at the end, stopped."""
+    if config.shard_addresses:
+        yield list(config.shard_addresses), Elsewhere()
+        return
     flags = (
         *("--dtype", config.dtype, "--device", config.device),
         *("--kv-cache-bytes", str(config.kv_cache_bytes)),
         *("--cuda-memory-fraction", str(config.cuda_memory_fraction)),
+        *("--step-timeout-s", str(config.step_timeout)),
     )
     run_directory = Path(config.shard_uds_path) if config.shard_uds_path else None
     display = LoadingDisplay()
@@ -166,27 +172,62 @@ async def _local_group(config: Config, directory: Path) -> AsyncIterator[LocalGr
     try:
         await group.start()
         display.close()
-        yield group
+        yield group.addresses, group
     finally:
         display.close()
         await group.stop()
 
 
-async def _nobody_restarts() -> None:
-    """Shards that run elsewhere are brought back by whoever started them; connecting waits for them."""
+@asynccontextmanager
+async def _connected(config: Config, addresses: list[str]) -> AsyncIterator[GroupClient]:
+    demands = Demands(config.max_batch_size, config.max_batch_prefill_tokens, config.max_batch_total_tokens)
+    client = GroupClient(addresses, demands)
+    try:
+        await client.connect(find_s=FIND_TIMEOUT_S, load_s=LOAD_TIMEOUT_S)
+        yield client
+    except GroupLost as error:
+        raise StartupError(str(error)) from error
+    finally:
+        await client.close(goodbye=True)
 
 
-def _demands(config: Config) -> Demands:
-    return Demands(config.max_batch_size, config.max_batch_prefill_tokens, config.max_batch_total_tokens)
+def _assemble(
+    config: Config, client: GroupClient, tokenizer: Tokenizer, template: ChatTemplate, supervisor: Supervisor
+) -> tuple[Engine, HttpServer]:
+    """Raises `StartupError` for limits that the group cannot hold."""
+    info = client.info
+    capacity = Capacity(info.vocab_size, info.eos_token_ids, info.capacity_tokens, info.max_positions or None)
+    limits = Limits.derive(config, capacity, tokenizer)
+    metrics = Metrics(max_input_tokens=limits.max_input_tokens, max_total_tokens=limits.max_total_tokens)
+    settings = EngineSettings(
+        lookahead=config.lookahead,
+        step_timeout_s=config.step_timeout,
+        find_timeout_s=FIND_TIMEOUT_S,
+        load_timeout_s=LOAD_TIMEOUT_S,
+        prefix_caching=config.prefix_caching,
+    )
+    seed = secrets.token_bytes(16)
+    engine = Engine(client, tokenizer, metrics, settings, prefix_seed=seed, supervisor=supervisor)
+    validator = Validator(limits, tokenizer)
+    sha = info.revision or None
+    app = create_app(config, engine, validator, tokenizer, metrics, template=template, model_sha=sha)
+    return engine, HttpServer(app)
 
 
-def _capacity(info: GroupInfo) -> Capacity:
-    return Capacity(info.vocab_size, info.eos_token_ids, info.capacity_tokens, info.max_positions or None)
+@asynccontextmanager
+async def _background(work: Coroutine[object, object, T]) -> AsyncIterator[asyncio.Task[T]]:
+    """A task that is ended on the way out, whatever it was doing."""
+    task = asyncio.create_task(work)
+    try:
+        yield task
+    finally:
+        task.cancel()
+        await asyncio.wait((task,))
 
 
 async def _drain(config: Config, engine: Engine) -> None:
     """Refuses new requests and lets running ones end."""
-    engine.refuse(NotReady("the server is shutting down"))
+    engine.refuse(SHUTTING_DOWN)
     logger.info("draining for at most %.0f s", config.drain_timeout)
     await engine.drain(config.drain_timeout)
 

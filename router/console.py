@@ -40,6 +40,8 @@ class LoadingDisplay:
         if rank not in self._tasks:
             self._tasks[rank] = self._bars.add_task("weights", total=total_bytes, rank=rank)
         self._bars.update(self._tasks[rank], completed=done_bytes, total=total_bytes)
+        if self._bars.finished:
+            self.close()
 
     def _say(self, rank: int, done_bytes: int, total_bytes: int) -> None:
         now = time.monotonic()

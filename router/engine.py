@@ -15,11 +15,11 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 
-from router.core.plan import SampledToken, StepPlan, Timings
+from router.core.plan import StepPlan, Timings, TopTokens
 from router.core.request import FinishReason, Request, Sequence
 from router.core.scheduler import Counters, Emission, Limits, Scheduler
 from router.errors import GenerationFailed, GroupLost, NotReady, RouterError
@@ -30,7 +30,10 @@ from router.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
+SHUTTING_DOWN: Final = "the server is shutting down"
 MIN_DEADLINE_S: Final = 5.0
+MIN_PAUSE_S: Final = 0.1
+MAX_PAUSE_S: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +60,8 @@ class TokenEvent:
     """One token on its way to HTTP, numbered from 1; the last one carries `finish`.
 
     `prompt_logprobs` comes with the first event of a request that asked for it: one entry per prompt token, None for
-    the first.
+    the first. `prompt_tops`, the likeliest tokens in their places, has as many entries, or none if they were not asked
+    for; the first is empty.
     """
 
     index: int
@@ -65,6 +69,7 @@ class TokenEvent:
     top_tokens: tuple[Token, ...] = ()
     finish: Finish | None = None
     prompt_logprobs: tuple[float | None, ...] | None = None
+    prompt_tops: tuple[tuple[Token, ...], ...] = ()
 
 
 class Generation:
@@ -137,8 +142,10 @@ class EngineSettings:
     """Plans sent ahead of the running step; 0 waits for each output before it plans the next."""
     step_timeout_s: float = 120.0
     """Longest a step may ever take."""
+    find_timeout_s: float = 8.0
+    """A rank of a lost group that does not listen for this long is looked for again after a restart."""
     load_timeout_s: float = 600.0
-    """How long a lost group may take to come back."""
+    """A rank that listens may take this long to load its weights."""
     prefix_caching: bool = True
 
 
@@ -148,6 +155,8 @@ class _Sent(NamedTuple):
     at: float
     num_tokens: int
     method: str
+    joined: bool
+    """Whether sequences joined running ones."""
 
 
 @dataclass(slots=True)
@@ -157,14 +166,32 @@ class _Run:
     generation: Generation
     text: OutputText
     prompt_logprobs: list[float | None] = field(default_factory=lambda: [None])
+    prompt_tops: list[tuple[Token, ...]] = field(default_factory=lambda: [()])
     num_events: int = 0
 
 
-class Engine:
-    """Owns the scheduler and the client; everything runs on one event loop.
+class Supervisor(Protocol):
+    """Whoever keeps the group's processes alive."""
 
-    `restart` brings a lost group's processes back; where somebody else does that (Kubernetes), it returns at once.
-    """
+    async def restart(self) -> None:
+        """Ends what is left of a lost group and starts it anew. Raises `StartupError` when it is given up."""
+
+    def note_served(self) -> None:
+        """The group did some work since it was started."""
+
+
+class Elsewhere:
+    """The supervisor of shards that run elsewhere: whoever started them brings them back, and connecting waits."""
+
+    async def restart(self) -> None:
+        return
+
+    def note_served(self) -> None:
+        return
+
+
+class Engine:
+    """Owns the scheduler and the client; everything runs on one event loop."""
 
     def __init__(
         self,
@@ -174,14 +201,14 @@ class Engine:
         settings: EngineSettings,
         *,
         prefix_seed: bytes,
-        restart: Callable[[], Awaitable[None]],
+        supervisor: Supervisor,
     ) -> None:
         self._client = client
         client.on_lost = self.wake
         self._tokenizer = tokenizer
         self._metrics = metrics
         self._settings = settings
-        self._restart = restart
+        self._supervisor = supervisor
         self._scheduler = Scheduler(
             _limits(client.info), prefix_seed=prefix_seed, prefix_caching=settings.prefix_caching
         )
@@ -192,10 +219,8 @@ class Engine:
         self._empty.set()
         self._sent: deque[_Sent] = deque()
         self._pace = _Pace()
-        self._refusal: NotReady | None = None
+        self._refusal: str | None = None
         self._serving = True
-        self.ticked_at = time.monotonic()
-        """When the loop last made a turn; grows old only if it hangs."""
 
     @property
     def ready(self) -> bool:
@@ -212,6 +237,9 @@ class Engine:
             capacity_tokens=self._client.info.capacity_tokens,
             kv_cache_utilization=scheduler.utilization,
             ready=self.ready,
+            num_admitted_tokens=scheduler.counters.num_admitted_tokens,
+            num_hit_tokens=scheduler.counters.num_hit_tokens,
+            num_preemptions=scheduler.counters.num_preemptions,
         )
 
     @property
@@ -225,7 +253,7 @@ class Engine:
     def submit(self, request: Request) -> Generation:
         """Queues a request. Raises `NotReady` at once, never later for the same cause."""
         if self._refusal is not None:
-            raise self._refusal
+            raise NotReady(self._refusal)
         sequence = self._scheduler.add(request)
         generation = Generation(request, self._cancel)
         text = OutputText(self._tokenizer, request.prompt, request.stop, request.keep_stop)
@@ -256,43 +284,53 @@ class Engine:
             self._empty.set()
 
     async def run(self) -> None:
-        """Serves until cancelled. Raises `StartupError` when the group is given up."""
+        """Serves until cancelled. Raises `StartupError` when the group is given up.
+
+        the group is lost          everything that ran waits; processes are restarted, the client connects anew
+        it cannot be reached       tried again, with growing pauses
+        it comes back changed      given up: what was begun with one model cannot go on with another
+        the supervisor gives up    given up
+        """
         try:
             while True:
                 try:
                     await self._serve_epoch()
                 except GroupLost as error:
-                    self._serving = False
                     logger.error("the group is lost: %s", error)
-                await self._begin_epoch()
+                self._lose_epoch()
+                await self._regain_group()
         finally:
-            self.refuse(NotReady("the server is shutting down"))
-            self.fail_all(NotReady("the server is shutting down"))
+            self.refuse(SHUTTING_DOWN)
+            self.fail_all(SHUTTING_DOWN)
 
-    async def _begin_epoch(self) -> None:
-        """Every sequence waits again; the group is brought back; sequences that killed it repeatedly are failed."""
+    def _lose_epoch(self) -> None:
+        """Every sequence waits again; those that killed the group repeatedly are failed."""
+        self._serving = False
         self._metrics.count("shardstream_group_restarts_count")
         for sent in self._sent:
             self._metrics.count("tgi_batch_inference_failure", label=sent.method)
-        for emission in self._scheduler.reset(_limits(self._client.info), died=True):
-            self._publish(emission)
         self._sent.clear()
+        self._pace = _Pace()
+        for emission in self._scheduler.reset(self._scheduler.limits, died=True):
+            self._publish(emission)
+
+    async def _regain_group(self) -> None:
         await self._client.close(goodbye=False)
-        while True:
-            await self._restart()
+        pause_s = MIN_PAUSE_S
+        while not self._serving:
+            await self._supervisor.restart()
             try:
-                await self._client.connect(find_s=self._settings.load_timeout_s, load_s=self._settings.load_timeout_s)
+                await self._client.connect(find_s=self._settings.find_timeout_s, load_s=self._settings.load_timeout_s)
+                self._serving = True
             except GroupLost as error:
                 logger.error("the group is not back yet: %s", error)
-                continue
-            break
-        self._serving = True
+                await asyncio.sleep(pause_s)
+                pause_s = min(MAX_PAUSE_S, 2.0 * pause_s)
         logger.info("the group is back in epoch %d", self._client.info.epoch)
 
     async def _serve_epoch(self) -> None:
         """Runs steps until the group is lost."""
         while True:
-            self.ticked_at = time.monotonic()
             self._client.raise_if_lost()
             await self._send_plans()
             if self._scheduler.num_outstanding:
@@ -302,7 +340,7 @@ class Engine:
 
     async def _wait_for_work(self) -> None:
         if not self._runs:
-            self._scheduler.check_integrity()
+            self._scheduler.check_empty()
         self._work.clear()
         await self._work.wait()
 
@@ -314,13 +352,15 @@ class Engine:
             if plan is None:
                 return
             self._note_plan(plan)
-            await self._client.send(plan)
+            await self._client.send(plan, self._settings.step_timeout_s)
             self._count_host_time(planned_s, codec_s)
 
     def _note_plan(self, plan: StepPlan) -> None:
-        sent = _Sent(time.monotonic(), plan.num_tokens, _method(plan))
+        sent = _Sent(time.monotonic(), plan.num_tokens, _method(plan), joined=0 < len(plan.opens) < len(plan.rows))
         self._sent.append(sent)
         self._metrics.count("tgi_batch_inference_count", label=sent.method)
+        if sent.joined:
+            self._metrics.count("tgi_batch_concat", label="chunking")
         if plan.opens:
             self._metrics.observe("tgi_batch_next_size", len(plan.opens))
             for sequence in self._scheduler.last_opened:
@@ -335,6 +375,8 @@ class Engine:
         begun_at = time.perf_counter()
         emissions = self._scheduler.commit(output)
         committed_at = time.perf_counter()
+        self._metrics.observe("tgi_batch_filter_duration", committed_at - begun_at, sent.method)
+        self._supervisor.note_served()
         for emission in emissions:
             self._publish(emission)
         self._metrics.count("shardstream_router_publish_seconds_sum", time.perf_counter() - committed_at)
@@ -357,13 +399,25 @@ class Engine:
         observe("tgi_batch_inference_duration", step_s, sent.method)
         observe("tgi_batch_forward_duration", timings.forward_us * 1e-6, sent.method)
         observe("tgi_batch_decode_duration", timings.sample_us * 1e-6, sent.method)
+        if sent.joined:
+            observe("tgi_batch_concat_duration", timings.inputs_us * 1e-6, "decode")
 
     def _publish(self, emission: Emission) -> None:
-        """Turns what the scheduler committed into an event. Never awaits."""
+        """Turns what the scheduler committed into an event. Never awaits, never raises: a sequence fails alone."""
+        try:
+            self._publish_event(emission)
+        except Exception:
+            logger.exception("a token could not be published")
+            if emission.sequence in self._runs:
+                self._scheduler.cancel(emission.sequence)
+                self._fail(emission.sequence, GenerationFailed("its text could not be decoded"))
+
+    def _publish_event(self, emission: Emission) -> None:
         sequence = emission.sequence
         run = self._runs[sequence]
         if emission.prompt_logprobs:
             run.prompt_logprobs += emission.prompt_logprobs
+            run.prompt_tops += map(self._top_tokens, emission.prompt_tops)
         if emission.fault is not None:
             self._fail(sequence, GenerationFailed(emission.fault))
             return
@@ -372,19 +426,20 @@ class Engine:
         sampled = emission.token
         piece = run.text.push(sampled.token_id, last=emission.finish is not None)
         reason = emission.finish
-        if reason is None and piece.stopped:
-            reason = FinishReason.STOP_SEQUENCE
+        if piece.stopped and (reason is None or not sequence.request.keep_stop):
+            reason = FinishReason.STOP_SEQUENCE  # at the last token allowed, TGI's clients expect `length`
             self._scheduler.finish(sequence, reason)
         run.num_events += 1
         finish = None if reason is None else Finish(reason, run.text.text, sequence.num_generated)
-        scored = run.prompt_logprobs if sequence.request.prompt_logprobs and run.num_events == 1 else None
+        is_scored = sequence.request.prompt_logprobs and run.num_events == 1
         run.generation.publish(
             TokenEvent(
                 run.num_events,
                 Token(sampled.token_id, piece.text, sampled.logprob, piece.special),
-                self._top_tokens(sampled),
+                self._top_tokens(sampled.top_tokens),
                 finish,
-                None if scored is None else tuple(scored),
+                tuple(run.prompt_logprobs) if is_scored else None,
+                tuple(run.prompt_tops) if is_scored and sequence.request.sampling.prompt_top_n_tokens else (),
             )
         )
         self._metrics.count("shardstream_generated_tokens_count")
@@ -392,11 +447,10 @@ class Engine:
             self._note_finished(run.generation, finish)
             self._forget(sequence)
 
-    def _top_tokens(self, sampled: SampledToken) -> tuple[Token, ...]:
+    def _top_tokens(self, top_tokens: TopTokens) -> tuple[Token, ...]:
         tokenizer = self._tokenizer
         return tuple(
-            Token(id_, tokenizer.token_text(id_), logprob, tokenizer.is_special(id_))
-            for id_, logprob in sampled.top_tokens
+            Token(id_, tokenizer.token_text(id_), logprob, tokenizer.is_special(id_)) for id_, logprob in top_tokens
         )
 
     def _note_finished(self, generation: Generation, finish: Finish) -> None:
@@ -413,15 +467,15 @@ class Engine:
         self._metrics.count("tgi_request_failure", label=error.error_type or "internal")
         self._forget(sequence)
 
-    def refuse(self, refusal: NotReady) -> None:
-        """From now on every submit raises `refusal`."""
-        self._refusal = refusal
+    def refuse(self, cause: str) -> None:
+        """From now on every submit raises `NotReady`."""
+        self._refusal = cause
 
-    def fail_all(self, error: RouterError) -> None:
-        """Ends every sequence with an error."""
+    def fail_all(self, cause: str) -> None:
+        """Ends every sequence with `NotReady`."""
         for sequence in list(self._runs):
             self._scheduler.cancel(sequence)
-            self._fail(sequence, error)
+            self._fail(sequence, NotReady(cause))
         self.wake()
 
     async def drain(self, timeout_s: float) -> None:
@@ -430,7 +484,7 @@ class Engine:
             async with asyncio.timeout(timeout_s):
                 await self._empty.wait()
         except TimeoutError:
-            self.fail_all(NotReady("the server is shutting down"))
+            self.fail_all(SHUTTING_DOWN)
 
 
 def _limits(info: GroupInfo) -> Limits:

@@ -17,9 +17,7 @@ import shutil
 import signal
 import sys
 import tempfile
-import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -30,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 MAX_PAUSE_S: Final = 30.0
 MAX_UNIX_PATH_BYTES: Final = 107
+MAX_LINE_BYTES: Final = 1 << 20
 STOP_GRACE_S: Final = 5.0
 
 
@@ -43,7 +42,6 @@ class LaunchSettings:
     run_directory: Path | None = None
     """Where the sockets lie; None: a fresh private directory."""
     max_restarts: int = 5
-    restart_window_s: float = 600.0
     module: str = "shard"
 
 
@@ -63,31 +61,36 @@ class _Process:
 async def find_checkpoint(model_id: str, revision: str | None) -> Path:
     """The model's directory, fetched or converted if need be, by the shard's own resolver in a process of its own.
 
-    Raises `StartupError` with the resolver's one line.
+    Raises `StartupError` with the resolver's one line. Its progress bars go to our stderr.
     """
-    command = [sys.executable, "-m", "shard.checkpoint", model_id]
+    command = [sys.executable, "-m", "shard.checkpoint", model_id, "--parent-pid", str(os.getpid()), "--report"]
     if revision:
         command += ["--revision", revision]
-    process = await asyncio.create_subprocess_exec(
-        *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
-    )
-    out, err = await process.communicate()
-    if process.returncode:
-        lines = err.decode(errors="replace").strip().splitlines() or [f"exit code {process.returncode}"]
-        raise StartupError(lines[-1].removeprefix("error: "))
-    return Path(out.decode().strip().splitlines()[-1])
+    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+    try:
+        out, _ = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+    try:
+        answer = json.loads(out.splitlines()[-1])
+    except (IndexError, ValueError):
+        raise StartupError(f"the model was not found: exit code {process.returncode}") from None
+    if "failed" in answer:
+        raise StartupError(answer["failed"])
+    return Path(answer["directory"])
 
 
 class LocalGroup:
-    """The ranks of one group as child processes. All methods run on the event loop of the main thread."""
+    """The ranks of one group as child processes: the engine's `Supervisor`. Runs on the main thread's event loop."""
 
     def __init__(self, settings: LaunchSettings, on_progress: OnProgress) -> None:
         self._settings = settings
         self._on_progress = on_progress
         self._own_directory = settings.run_directory is None
-        self._directory = settings.run_directory or Path(tempfile.mkdtemp(prefix="shardstream-"))
+        self._directory = _run_directory(settings.run_directory)
         self._processes: list[_Process] = []
-        self._deaths: deque[float] = deque()
+        self._num_deaths = 0
         self._life = 0
         if len(os.fsencode(self._socket(settings.world_size))) > MAX_UNIX_PATH_BYTES:
             raise StartupError(f"{self._directory} is too long a path for a Unix socket")
@@ -103,11 +106,14 @@ class LocalGroup:
     def _socket(self, rank: int) -> Path:
         return self._directory / f"rank-{rank}"
 
+    def _store(self) -> Path:
+        """The file through which the ranks of this life meet."""
+        return self._directory / f"store-{self._life}"
+
     async def start(self) -> None:
         """Starts every rank and waits until all have loaded. Raises `StartupError` with the first rank's cause."""
         self._life += 1
-        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        store = self._directory / f"store-{self._life}"
+        store = self._store()
         store.unlink(missing_ok=True)
         self._processes = [await self._spawn(rank, store) for rank in range(self._settings.world_size)]
         loaded = asyncio.create_task(self._wait_until_loaded())
@@ -138,14 +144,16 @@ class LocalGroup:
             *self._settings.flags,
         )
         # A session of its own: Ctrl-C in the terminal reaches us alone, and we let the streams finish first.
-        process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, start_new_session=True)
+        process = await asyncio.create_subprocess_exec(
+            *command, stdout=asyncio.subprocess.PIPE, start_new_session=True, limit=MAX_LINE_BYTES
+        )
         entry = _Process(rank, process)
         entry.listener = asyncio.create_task(self._listen(entry))
         return entry
 
     async def _listen(self, entry: _Process) -> None:
         assert entry.process.stdout is not None
-        async for line in entry.process.stdout:
+        async for line in _lines(entry.process.stdout):
             try:
                 event = json.loads(line)
                 name = event["event"]
@@ -172,9 +180,15 @@ class LocalGroup:
         return _describe_death(entries[0])
 
     async def restart(self) -> None:
-        """Kills what is left and starts anew, until the group is up. Raises `StartupError` after too many deaths."""
+        """Kills what is left and starts anew, until the group is up.
+
+        Raises `StartupError` after too many deaths in a row, that is without `note_served` in between.
+        """
         while True:
             await self.kill()
+            self._num_deaths += 1
+            if self._num_deaths > self._settings.max_restarts:
+                raise StartupError(f"the shards died {self._num_deaths} times in a row")
             await asyncio.sleep(self._pause_s())
             try:
                 await self.start()
@@ -183,16 +197,13 @@ class LocalGroup:
                 continue
             return
 
+    def note_served(self) -> None:
+        """The group did some work since it was started."""
+        self._num_deaths = 0
+
     def _pause_s(self) -> float:
-        """Nothing after the first death, then 1, 2, 4 ... seconds; counts this death."""
-        now = time.monotonic()
-        self._deaths.append(now)
-        while now - self._deaths[0] > self._settings.restart_window_s:
-            self._deaths.popleft()
-        num_deaths = len(self._deaths)
-        if num_deaths > self._settings.max_restarts:
-            raise StartupError(f"the shards died {num_deaths} times in {self._settings.restart_window_s:.0f} s")
-        return 0.0 if num_deaths == 1 else min(MAX_PAUSE_S, 2.0 ** (num_deaths - 2))
+        """Nothing after the first death, then 1, 2, 4 ... seconds."""
+        return 0.0 if self._num_deaths == 1 else min(MAX_PAUSE_S, 2.0 ** (self._num_deaths - 2))
 
     async def kill(self) -> None:
         """SIGKILL to every rank; returns when none is left."""
@@ -210,6 +221,9 @@ class LocalGroup:
         await self.kill()
         if self._own_directory:
             shutil.rmtree(self._directory, ignore_errors=True)
+            return
+        for path in (*map(self._socket, range(self._settings.world_size)), self._store()):
+            path.unlink(missing_ok=True)
 
     async def _reap(self) -> None:
         for entry in self._processes:
@@ -217,6 +231,29 @@ class LocalGroup:
             await asyncio.wait((entry.listener,), timeout=1.0)
             entry.listener.cancel()
         self._processes = []
+
+
+def _run_directory(chosen: Path | None) -> Path:
+    """Only the owner may reach the sockets in it. Raises `StartupError` if it cannot be made."""
+    try:
+        if chosen is None:
+            return Path(tempfile.mkdtemp(prefix="shardstream-"))
+        chosen.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise StartupError(f"no folder for the shards' sockets at {chosen}: {error.strerror}") from error
+    return chosen
+
+
+async def _lines(stream: asyncio.StreamReader) -> AsyncIterator[bytes]:
+    """Lines until the end; one that is longer than `MAX_LINE_BYTES` is left out."""
+    while True:
+        try:
+            line = await stream.readline()
+        except ValueError:
+            continue
+        if not line:
+            return
+        yield line
 
 
 def _send(entry: _Process, number: signal.Signals) -> None:

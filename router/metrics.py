@@ -8,47 +8,64 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, NamedTuple
 
 from prometheus_client import CollectorRegistry, Histogram, disable_created_metrics, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric, UnknownMetricFamily
+from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric, UnknownMetricFamily
 from prometheus_client.registry import Collector
 
 DURATION_BUCKETS_S: Final = tuple(0.0001 * 1.5**k for k in range(1, 36))
-BATCH_BUCKETS: Final = tuple(float(2**k) for k in range(11))
+BATCH_BUCKETS: Final = tuple(float(size) for size in range(1, 1025))
+METHODS: Final = ("prefill", "decode")
 
-COUNTERS: Final[Mapping[str, tuple[str, str | None]]] = {
-    "tgi_request_count": ("Sequences submitted.", None),
-    "tgi_request_success": ("Sequences that ended by a rule.", None),
-    "tgi_request_failure": ("Requests that failed, by cause.", "err"),
-    "tgi_batch_inference_count": ("Steps sent to the shards.", "method"),
-    "tgi_batch_inference_success": ("Steps that returned.", "method"),
-    "tgi_batch_inference_failure": ("Steps lost with their group.", "method"),
-    "tgi_batch_concat": ("Sequences that joined running ones, by reason.", "reason"),
-    "shardstream_step_count": ("Steps that returned.", None),
-    "shardstream_router_step_seconds_sum": ("Router time to plan, encode, decode and commit steps.", None),
-    "shardstream_router_publish_seconds_sum": ("Router time to detokenise and publish tokens.", None),
-    "shardstream_generated_tokens_count": ("Tokens generated.", None),
-    "shardstream_prompt_tokens_count": ("Prompt tokens of admitted sequences.", None),
-    "shardstream_prefix_hit_tokens_count": ("Prompt tokens found in the prefix index.", None),
-    "shardstream_preemptions_count": ("Sequences sent back to the queue for want of blocks.", None),
-    "shardstream_cancelled_count": ("Sequences ended by their client.", None),
-    "shardstream_group_restarts_count": ("Epochs lost and begun anew.", None),
-    "shardstream_shard_wait_seconds_sum": ("Rank 0: idle between steps.", None),
-    "shardstream_shard_inputs_seconds_sum": ("Rank 0: building tensors.", None),
-    "shardstream_shard_forward_seconds_sum": ("Rank 0: forward passes.", None),
-    "shardstream_shard_sample_seconds_sum": ("Rank 0: choosing and exchanging tokens.", None),
+
+class Family(NamedTuple):
+    """A metric: its help, its label if it has one, and the values of that label that are shown before they occur."""
+
+    help: str
+    label: str | None = None
+    values: tuple[str, ...] = ()
+
+
+COUNTERS: Final[Mapping[str, Family]] = {
+    "tgi_request_count": Family("Sequences submitted."),
+    "tgi_request_success": Family("Sequences that ended by a rule."),
+    "tgi_request_failure": Family(
+        "Requests that failed, by cause.", "err", ("overloaded", "validation", "incomplete", "dropped", "generation")
+    ),
+    "tgi_batch_inference_count": Family("Steps sent to the shards.", "method", METHODS),
+    "tgi_batch_inference_success": Family("Steps that returned.", "method", METHODS),
+    "tgi_batch_inference_failure": Family("Steps lost with their group.", "method", METHODS),
+    "tgi_batch_concat": Family("Steps in which sequences joined running ones.", "reason", ("chunking",)),
+    "shardstream_step_count": Family("Steps that returned."),
+    "shardstream_router_step_seconds_sum": Family("Router time to plan, encode, decode and commit steps."),
+    "shardstream_router_publish_seconds_sum": Family("Router time to detokenise and publish tokens."),
+    "shardstream_generated_tokens_count": Family("Tokens generated."),
+    "shardstream_cancelled_count": Family("Sequences ended by their client."),
+    "shardstream_group_restarts_count": Family("Epochs lost and begun anew."),
+    "shardstream_shard_wait_seconds_sum": Family("Rank 0: idle between steps."),
+    "shardstream_shard_inputs_seconds_sum": Family("Rank 0: building tensors."),
+    "shardstream_shard_forward_seconds_sum": Family("Rank 0: forward passes."),
+    "shardstream_shard_sample_seconds_sum": Family("Rank 0: choosing and exchanging tokens."),
 }
 
-DURATIONS: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
-    "tgi_request_duration": ("Submit to last token, seconds.", ()),
-    "tgi_request_validation_duration": ("Arrival to submit, seconds.", ()),
-    "tgi_request_queue_duration": ("Submit to first plan, seconds.", ()),
-    "tgi_request_inference_duration": ("First plan to last token, seconds.", ()),
-    "tgi_request_mean_time_per_token_duration": ("Inference time per generated token, seconds.", ()),
-    "tgi_batch_inference_duration": ("Plan sent to output decoded, seconds.", ("method",)),
-    "tgi_batch_forward_duration": ("Forward pass on rank 0, seconds.", ("method",)),
-    "tgi_batch_decode_duration": ("Choosing tokens on rank 0, seconds.", ("method",)),
+DURATIONS: Final[Mapping[str, Family]] = {
+    "tgi_request_duration": Family("Submit to last token, seconds."),
+    "tgi_request_validation_duration": Family("Arrival to submit, seconds."),
+    "tgi_request_queue_duration": Family("Submit to first plan, seconds."),
+    "tgi_request_inference_duration": Family("First plan to last token, seconds."),
+    "tgi_request_mean_time_per_token_duration": Family("Inference time per generated token, seconds."),
+    "tgi_batch_inference_duration": Family("Plan sent to output decoded, seconds.", "method", METHODS),
+    "tgi_batch_forward_duration": Family("Forward pass on rank 0, seconds.", "method", METHODS),
+    "tgi_batch_decode_duration": Family("Choosing tokens on rank 0, seconds.", "method", METHODS),
+    "tgi_batch_filter_duration": Family(
+        "Committing a step and dropping the sequences that ended with it, seconds.", "method", METHODS
+    ),
+    "tgi_batch_concat_duration": Family(
+        "Building the tensors of a step that sequences joined, on rank 0, seconds; the label says decode, as TGI's.",
+        "method",
+        ("decode",),
+    ),
 }
 
 
@@ -62,6 +79,10 @@ class Gauges:
     capacity_tokens: int = 0
     kv_cache_utilization: float = 0.0
     ready: bool = False
+    num_admitted_tokens: int = 0
+    """This and the following are totals that the scheduler keeps."""
+    num_hit_tokens: int = 0
+    num_preemptions: int = 0
 
 
 @dataclass(slots=True)
@@ -80,13 +101,12 @@ class Metrics(Collector):
     def __init__(self, *, max_input_tokens: int, max_total_tokens: int) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.gauges = Gauges()
-        self._counters = {name: Counter({} if label else {"": 0.0}) for name, (_, label) in COUNTERS.items()}
+        self._counters = {
+            name: Counter(dict.fromkeys(family.values or ("",), 0.0)) for name, family in COUNTERS.items()
+        }
         self._registry = CollectorRegistry()
         self._registry.register(self)
-        self._histograms = {
-            name: Histogram(name, help_, labels, buckets=DURATION_BUCKETS_S, registry=self._registry)
-            for name, (help_, labels) in DURATIONS.items()
-        }
+        self._histograms = {name: self._duration(name, family) for name, family in DURATIONS.items()}
         for name, help_, buckets in (
             ("tgi_request_input_length", "Prompt tokens.", _hundredths(max_input_tokens)),
             ("tgi_request_max_new_tokens", "Tokens asked for.", _hundredths(max_total_tokens)),
@@ -94,6 +114,13 @@ class Metrics(Collector):
             ("tgi_batch_next_size", "Sequences admitted by a step.", BATCH_BUCKETS),
         ):
             self._histograms[name] = Histogram(name, help_, buckets=buckets, registry=self._registry)
+
+    def _duration(self, name: str, family: Family) -> Histogram:
+        labels = [family.label] if family.label else []
+        histogram = Histogram(name, family.help, labels, buckets=DURATION_BUCKETS_S, registry=self._registry)
+        for value in family.values:
+            histogram.labels(value)
+        return histogram
 
     def count(self, name: str, amount: float = 1.0, label: str = "") -> None:
         self._counters[name].add(amount, label)
@@ -114,12 +141,34 @@ class Metrics(Collector):
         return generate_latest(self._registry)
 
     def collect(self) -> Iterator[Metric]:
-        for name, (help_, label) in COUNTERS.items():
+        for name, (help_, label, _) in COUNTERS.items():
             family = UnknownMetricFamily(name, help_, labels=[label] if label else [])
             for value, amount in self._counters[name].values.items():
                 family.add_metric([value] if label else [], amount)
             yield family
+        yield from self._scheduler_families()
+        yield self._skipped_tokens()
         yield from self._gauge_families()
+
+    def _scheduler_families(self) -> Iterator[Metric]:
+        gauges = self.gauges
+        for name, help_, value in (
+            ("shardstream_prompt_tokens_count", "Tokens of sequences when admitted.", gauges.num_admitted_tokens),
+            ("shardstream_prefix_hit_tokens_count", "Of them found in the prefix index.", gauges.num_hit_tokens),
+            (
+                "shardstream_preemptions_count",
+                "Sequences sent back to the queue for want of blocks.",
+                gauges.num_preemptions,
+            ),
+        ):
+            yield UnknownMetricFamily(name, help_, value=value)
+
+    def _skipped_tokens(self) -> Metric:
+        """Every row emits exactly one token, so all there is to know of this histogram is how many rows did."""
+        num_rows = self.value("shardstream_generated_tokens_count")
+        family = HistogramMetricFamily("tgi_request_skipped_tokens", "Tokens a row emitted beyond its first.")
+        family.add_metric([], buckets=[("0.0", num_rows), ("+Inf", num_rows)], sum_value=0.0)
+        return family
 
     def _gauge_families(self) -> Iterator[Metric]:
         gauges = self.gauges

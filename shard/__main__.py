@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import logging
 import os
 import signal
@@ -13,35 +12,34 @@ from typing import TYPE_CHECKING, Final
 
 from shard.config import ShardConfig, parse
 from shard.errors import LoadError
+from shard.parent import end_with
 from shard.progress import StartReporter
 from shard.server import ShardServicer, open_port, set_health
 
 if TYPE_CHECKING:
     from shard.worker import Worker
 
-PR_SET_PDEATHSIG: Final = 1
+logger = logging.getLogger(__name__)
+
+LOG_LEVELS: Final = {
+    "debug": logging.DEBUG,
+    "warn": logging.WARNING,
+    "warning": logging.WARNING,
+    "error": logging.ERROR,
+}
 
 
 def main() -> None:
     config = parse()
-    _end_with(config.parent_pid)
+    end_with(config.parent_pid)
     logging.basicConfig(
-        level=os.environ.get("LOG_LEVEL", "info").upper(),
+        level=LOG_LEVELS.get(os.environ.get("LOG_LEVEL", "").lower(), logging.INFO),
         format=f"%(asctime)s %(levelname)s rank {config.rank} %(name)s: %(message)s",
         stream=sys.stderr,
     )
     code = asyncio.run(_serve(config))
     sys.stdout.flush()
     os._exit(code)  # the model thread may hang in a collective; nothing is left to tidy up
-
-
-def _end_with(parent_pid: int) -> None:
-    """Linux kills this process when its parent dies, however it dies."""
-    if not parent_pid:
-        return
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent_pid:  # it died before prctl
-        sys.exit(1)
 
 
 async def _serve(config: ShardConfig) -> int:
@@ -54,18 +52,30 @@ async def _serve(config: ShardConfig) -> int:
     servicer = ShardServicer(model_thread, config.step_timeout_s)
     try:
         server, health_servicer = await open_port(config.address, servicer)
+    except OSError as error:
+        reporter.failed(_one_line(error))
+        return 1
+    try:
         loading = asyncio.get_running_loop().run_in_executor(model_thread, _load, config, reporter)
         servicer.serve(await _unless(stop, loading))
-    except (LoadError, OSError) as error:
-        reporter.failed(str(error).splitlines()[0])
-        return 1
     except asyncio.CancelledError:
         return 0
+    except Exception as error:  # whatever keeps a rank from starting is for its launcher to show
+        logger.debug("the rank cannot start", exc_info=True)
+        reporter.failed(_one_line(error))
+        await server.stop(grace=None)
+        return 1
     await set_health(health_servicer, serving=True)
     reporter.ready(config.address)
     await stop.wait()
     await server.stop(grace=None)
     return 0
+
+
+def _one_line(error: Exception) -> str:
+    """Errors of ours are sentences; others need their type to be understood."""
+    message = (str(error).splitlines() or [""])[0]
+    return message if isinstance(error, LoadError | OSError) else f"{type(error).__name__}: {message}"
 
 
 async def _unless(stop: asyncio.Event, loading: asyncio.Future[Worker]) -> Worker:

@@ -8,12 +8,15 @@ Weights in pickle's formats are never fetched and never accepted. This module kn
 files, and imports neither torch nor transformers, so that whoever only needs the directory gets it at once:
 
     python -m shard.checkpoint MODEL_ID [--revision REVISION]     prints the directory
+
+With `--report` it prints one JSON line, {"directory"} or {"failed"}, for a launcher; stderr is for progress bars.
 """
 
 from __future__ import annotations
 
 import argparse
 import fcntl
+import json
 import os
 import re
 import shutil
@@ -25,6 +28,7 @@ from pathlib import Path
 from typing import Final
 
 from shard.errors import LoadError
+from shard.parent import end_with
 
 DEFAULT_MODEL_ID: Final = "smollm2-135m-instruct"
 
@@ -165,15 +169,22 @@ def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m shard.checkpoint", description="Prints a model's directory.")
     parser.add_argument("model_id")
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
+    parser.add_argument("--parent-pid", type=int, default=0, help="end when this process is gone")
+    parser.add_argument("--report", action="store_true", help="say how it went in one JSON line on stdout")
     return parser.parse_args()
 
 
 def main() -> None:
     arguments = _parse_arguments()
+    end_with(arguments.parent_pid)
     try:
-        print(resolve(arguments.model_id, revision=arguments.revision).directory)
+        directory = str(resolve(arguments.model_id, revision=arguments.revision).directory)
     except LoadError as error:
+        if arguments.report:
+            print(json.dumps({"failed": str(error)}))
+            sys.exit(1)
         sys.exit(f"error: {error}")
+    print(json.dumps({"directory": directory}) if arguments.report else directory)
 
 
 if __name__ == "__main__":

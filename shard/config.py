@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from dataclasses import Field, dataclass, field, fields
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NoReturn, TypeVar
 
 ENV_PREFIX: Final = "SHARDSTREAM_"
 DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
@@ -40,9 +40,16 @@ class ShardConfig:
     report: bool = _option(False, "write start-up events to stdout as JSON lines, for a launcher")
 
 
+class _OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage of every flag before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
 def parse(argv: list[str] | None = None) -> ShardConfig:
     """Flags before environment before defaults. Exits with 2 and one line on a bad value."""
-    parser = argparse.ArgumentParser(prog="python -m shard", description="One rank of a shard group.")
+    parser = _OneLineParser(prog="python -m shard", description="One rank of a shard group.")
     for spec in fields(ShardConfig):
         _add_argument(parser, spec)
     config = ShardConfig(**vars(parser.parse_args(argv)))

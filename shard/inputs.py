@@ -39,6 +39,7 @@ class ModelInputs:
     emit_index: Tensor  # [E] int64, into the T tokens
     target_index: Tensor  # [S] int64, into the T tokens
     targets: Tensor  # [S] int64
+    target_seats: list[int]  # [S]
 
 
 class Seats:
@@ -109,7 +110,7 @@ class Seats:
             device=self.device,
         )
         emit = np.fromiter(plan.row_emit, dtype=np.bool_, count=len(seats))
-        target_index = self._target_index(plan, query_starts)
+        target_index, target_rows = _target_index(plan, query_starts)
         return ModelInputs(
             input_ids=self._input_ids(plan, seats, query_starts),
             positions=torch.from_numpy(positions).to(self.device),
@@ -120,6 +121,7 @@ class Seats:
             emit_index=torch.from_numpy(query_starts[1:][emit] - 1).to(self.device),
             target_index=torch.from_numpy(target_index).to(self.device),
             targets=torch.tensor(plan.targets, dtype=torch.int64, device=self.device),
+            target_seats=seats[target_rows].tolist(),
         )
 
     def _append_new_blocks(self, plan: pb.StepPlan) -> None:
@@ -147,14 +149,13 @@ class Seats:
             input_ids[places] = self.last_token[torch.from_numpy(seats[fed]).to(self.device)]
         return input_ids
 
-    def _target_index(self, plan: pb.StepPlan, query_starts: Int64Array) -> Int64Array:
-        """[S] where in the packed tokens each scored token lies: the leading tokens of its row."""
-        counts = np.fromiter(plan.row_num_targets, dtype=np.int64, count=len(plan.row_num_targets))
-        if not counts.any():
-            return np.zeros(0, dtype=np.int64)
-        ends = np.cumsum(counts)
-        row_of_target = np.repeat(np.arange(len(counts)), counts)
-        return query_starts[row_of_target] + np.arange(ends[-1]) - (ends - counts)[row_of_target]
+
+def _target_index(plan: pb.StepPlan, query_starts: Int64Array) -> tuple[Int64Array, Int64Array]:
+    """[S] where in the packed tokens each scored token lies, the leading tokens of its row; [S] that row."""
+    counts = np.fromiter(plan.row_num_targets, dtype=np.int64, count=len(plan.row_num_targets))
+    rows = np.repeat(np.arange(len(counts)), counts)
+    starts = np.cumsum(counts) - counts
+    return query_starts[rows] + np.arange(len(rows)) - starts[rows], rows
 
 
 def sampling_params(sampling: pb.Sampling) -> SamplingParams:
@@ -178,4 +179,5 @@ def sampling_params(sampling: pb.Sampling) -> SamplingParams:
         no_repeat_ngram_size=sampling.no_repeat_ngram_size,
         min_new_tokens=sampling.min_new_tokens,
         bad_words=tuple(tuple(run.token_ids) for run in sampling.bad_words),
+        prompt_top_n_tokens=sampling.prompt_top_n_tokens,
     )

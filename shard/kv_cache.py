@@ -7,6 +7,8 @@ and in the width of their keys and values (multi-head latent attention has wider
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -51,13 +53,16 @@ class KVCache:
         self.block_size = block_size
         # One row per block: gathering whole blocks is one memory copy each.
         self._keys = [
-            torch.zeros(num_blocks, block_size * layer.kv_heads * layer.key_dim, dtype=dtype, device=device)
-            for layer in layers
+            _zeros((num_blocks, block_size * layer.kv_heads * layer.key_dim), dtype, device) for layer in layers
         ]
         self._values = [
-            torch.zeros(num_blocks, block_size * layer.kv_heads * layer.value_dim, dtype=dtype, device=device)
-            for layer in layers
+            _zeros((num_blocks, block_size * layer.kv_heads * layer.value_dim), dtype, device) for layer in layers
         ]
+
+    @property
+    def tensors(self) -> list[tuple[Tensor, Tensor]]:
+        """Every layer's keys and values, for operations that lay out blocks in their own way."""
+        return list(zip(self._keys, self._values, strict=True))
 
     def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> None:
         """Stores `key` [T, kv_heads, key_dim] and `value` [T, kv_heads, value_dim] at `slots` [T] int64.
@@ -84,6 +89,19 @@ class KVCache:
     def _places(self, blocks: Tensor) -> Tensor:
         """[num_blocks * block_size, numbers per token]"""
         return blocks.view(self.num_blocks * self.block_size, -1)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros that, on the CPU, take memory only once they are written: pages the system hands out on first touch.
+
+    `torch.zeros` writes every page, which for gigabytes takes seconds and holds memory that no sequence may ever need.
+    """
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or not num_bytes:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # The tensor keeps the mapping alive, and its end unmaps it.
+    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 def _finite(tensor: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ class StartReporter:
         if self._as_json:
             self._event("failed", cause=cause)
         else:
-            self._console.print(f"rank {self._rank}: {cause}", style="red", markup=False)
+            self._console.print(f"rank {self._rank}: {cause}", style="red", markup=False, soft_wrap=True)
 
     def _event(self, name: str, **values: str | int) -> None:
         sys.stdout.write(json.dumps({"event": name, "rank": self._rank, **values}) + "\n")

@@ -33,7 +33,7 @@ from shard.processors import (
 )
 from shard.sampling_params import SamplingParams
 
-__all__ = ["Sampled", "Sampler", "SamplingParams", "score"]
+__all__ = ["Sampled", "Sampler", "SamplingParams", "Scored", "score"]
 
 _MAX_TOP_TIES = 8
 """Most tokens as likely as the last top token that are returned with it."""
@@ -49,6 +49,16 @@ class Sampled:
     top_ids: Tensor  # [E, N] int64, most likely first; N is the largest num_top
     top_logprobs: Tensor  # [E, N] float32
     faults: Tensor  # [E] bool: the logits have a NaN or no finite maximum; the row's other entries mean nothing
+
+
+@dataclass(slots=True)
+class Scored:
+    """One entry per target; of `top_*`, row i holds `num_top[i]` tokens and the rest is padding."""
+
+    logprobs: Tensor  # [S] float32, log-softmax of the raw logits
+    num_top: list[int]
+    top_ids: Tensor  # [S, N] int64, most likely first; N is the largest num_top
+    top_logprobs: Tensor  # [S, N] float32
 
 
 @dataclass(slots=True, eq=False)
@@ -141,7 +151,7 @@ class _Batch:
     forbidding: list[int]
     looking_back: list[int]
     needing_tokens: list[int]
-    with_top: list[int]
+    num_top: list[int]
 
     @property
     def changes_logits(self) -> bool:
@@ -192,6 +202,10 @@ class Sampler:
         del self._seats[seat]
         self._batch = None
 
+    def num_prompt_top(self, seats: Sequence[int]) -> list[int]:
+        """How many likeliest tokens each seat wants in the place of a scored prompt token."""
+        return [self._seats[seat].params.prompt_top_n_tokens for seat in seats]
+
     def sample(self, logits: Tensor, seats: Sequence[int], positions: Sequence[int]) -> Sampled:
         """Chooses one token per row and counts it as known.
 
@@ -202,7 +216,7 @@ class Sampler:
         maxima = block_maxima(logits)
         token_ids = self._choose(logits, maxima, batch, positions)
         self._remember(batch, token_ids)
-        num_top, top_ids = _top_ids(logits, maxima, batch)
+        num_top, top_ids = _top_ids(logits, maxima, batch.num_top)
         logprobs = log_probabilities(logits, torch.cat([token_ids.unsqueeze(1), top_ids], dim=1))
         faults = ~maxima.amax(-1).isfinite()
         return Sampled(token_ids, logprobs[:, 0], num_top, top_ids, logprobs[:, 1:], faults)
@@ -327,7 +341,7 @@ class Sampler:
             forbidding=[row for row, p in enumerate(params) if p.forbids],
             looking_back=[row for row, p in enumerate(params) if p.looks_back],
             needing_tokens=[row for row, p in enumerate(params) if p.needs_tokens],
-            with_top=[row for row, p in enumerate(params) if p.top_n_tokens > 0],
+            num_top=[p.top_n_tokens for p in params],
         )
 
     def _penalised(self, seats: list[_Seat]) -> _Penalised | None:
@@ -362,22 +376,24 @@ class Sampler:
         return torch.tensor(values, dtype=torch.int64, device=self._device)
 
 
-def score(logits: Tensor, targets: Tensor) -> Tensor:
-    """Log-softmax of each row at its target: [S, V], [S] -> [S]."""
-    return log_probabilities(logits, targets.unsqueeze(1)).squeeze(1)
+def score(logits: Tensor, targets: Tensor, asked: Sequence[int]) -> Scored:
+    """Scores each row of logits [S, V] at its target [S], and finds the `asked` number of likeliest tokens of it."""
+    num_top, top_ids = _top_ids(logits, block_maxima(logits), asked)
+    logprobs = log_probabilities(logits, torch.cat([targets.unsqueeze(1), top_ids], dim=1))
+    return Scored(logprobs[:, 0], num_top, top_ids, logprobs[:, 1:])
 
 
-def _top_ids(logits: Tensor, maxima: Tensor, batch: _Batch) -> tuple[list[int], Tensor]:
-    """The likeliest tokens of the rows that ask for them, with those as likely as the last: counts, ids [E, N]."""
-    num_top = [0] * len(batch.seats)
-    if not batch.with_top:
-        return num_top, torch.zeros(len(batch.seats), 0, dtype=torch.int64, device=logits.device)
-    rows = torch.tensor(batch.with_top, dtype=torch.int64, device=logits.device)
-    asked = [batch.seats[row].params.top_n_tokens for row in batch.with_top]
+def _top_ids(logits: Tensor, maxima: Tensor, asked: Sequence[int]) -> tuple[list[int], Tensor]:
+    """The likeliest tokens of the rows that ask for some, with those as likely as the last: counts, ids [E, N]."""
+    num_top = [0] * len(asked)
+    asking = [row for row, count in enumerate(asked) if count > 0]
+    if not asking:
+        return num_top, torch.zeros(len(asked), 0, dtype=torch.int64, device=logits.device)
+    rows = torch.tensor(asking, dtype=torch.int64, device=logits.device)
     candidates = likeliest(logits[rows], maxima[rows], max(asked) + _MAX_TOP_TIES)
-    for row, count, values in zip(batch.with_top, asked, candidates.values.tolist(), strict=True):
-        num_top[row] = _count_with_ties(values[: count + _MAX_TOP_TIES], count)
-    top_ids = torch.zeros(len(batch.seats), max(num_top), dtype=torch.int64, device=logits.device)
+    for row, values in zip(asking, candidates.values.tolist(), strict=True):
+        num_top[row] = _count_with_ties(values[: asked[row] + _MAX_TOP_TIES], asked[row])
+    top_ids = torch.zeros(len(asked), max(num_top), dtype=torch.int64, device=logits.device)
     top_ids[rows] = candidates.ids[:, : max(num_top)]
     return num_top, top_ids
 

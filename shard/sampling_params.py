@@ -27,6 +27,7 @@ class SamplingParams:
     watermark_gamma: float = 0.0
     watermark_delta: float = 0.0
     top_n_tokens: int = 0
+    prompt_top_n_tokens: int = 0
     no_repeat_ngram_size: int = 0
     min_new_tokens: int = 0
     bad_words: tuple[tuple[int, ...], ...] = ()

@@ -2,6 +2,9 @@
 
 The event loop never touches a tensor. The port is open before the weights are loaded, so that a router can tell a rank
 that is loading (Describe waits, health says NOT_SERVING) from one that is missing (connection refused).
+
+An epoch ends in one of two ways. The router says Bye: the rank waits for the next epoch. Anything else (a lost stream,
+a step that raises or hangs) ends the process, and until it is gone nobody is let in.
 """
 
 from __future__ import annotations
@@ -10,7 +13,6 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Final
 
@@ -27,8 +29,24 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES: Final = 64 << 20
+LAST_WORDS_S: Final = 0.1
+"""How long a dying rank lives on, so that its Fault reaches the router."""
+
 SERVICE_NAME: Final = pb.DESCRIPTOR.services_by_name["Shard"].full_name
 HEALTH_NAMES: Final = ("", "liveness", "readiness", SERVICE_NAME)
+SERVER_OPTIONS: Final = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.so_reuseport", 0),
+    # A router whose machine is gone sends no FIN: without pings its epoch would last for ever.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+)
+
+Steps = asyncio.Queue["asyncio.Future[pb.FromShard] | None"]
 
 
 class ShardServicer(shard_pb2_grpc.ShardServicer):  # type: ignore[misc]
@@ -39,19 +57,25 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):  # type: ignore[misc]
         self._step_timeout_s = step_timeout_s
         self._worker: asyncio.Future[Worker] = asyncio.get_running_loop().create_future()
         self._epoch = 0
-        self._executing = False
-        self._next_deadline = float("inf")
+        self._is_executing = False
+        self._is_ending = False
 
     def serve(self, worker: Worker) -> None:
         self._worker.set_result(worker)
 
+    async def _admit(self, context: Any) -> Worker:
+        """The worker, once it has loaded."""
+        if self._is_ending:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "this rank is ending")
+        return await asyncio.shield(self._worker)
+
     async def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.ShardInfo:
-        worker = await asyncio.shield(self._worker)
-        return await asyncio.get_running_loop().run_in_executor(self._model_thread, worker.describe)
+        worker = await self._admit(context)
+        return worker.describe()
 
     async def Configure(self, request: pb.ConfigureRequest, context: Any) -> pb.ConfigureReply:
-        worker = await asyncio.shield(self._worker)
-        if self._executing:
+        worker = await self._admit(context)
+        if self._is_executing:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "another router drives this rank")
         if request.epoch <= self._epoch:
             cause = f"epoch {request.epoch} is not above {self._epoch}"
@@ -59,72 +83,64 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):  # type: ignore[misc]
         self._epoch = request.epoch
         return await asyncio.get_running_loop().run_in_executor(self._model_thread, worker.configure, request)
 
-    async def Execute(self, requests: AsyncIterator[pb.ToShard], context: Any) -> AsyncIterator[pb.FromShard]:
-        worker = await asyncio.shield(self._worker)
-        hello = (await anext(requests)).hello
-        if hello.epoch != self._epoch or self._executing:
-            cause = f"epoch {hello.epoch} is not the configured {self._epoch}, or it is being served already"
+    async def Execute(self, _requests: Any, context: Any) -> None:
+        worker = await self._admit(context)
+        first = await context.read()
+        epoch = first.hello.epoch if isinstance(first, pb.ToShard) else 0
+        if epoch != self._epoch or self._is_executing:
+            cause = f"epoch {epoch} is not the configured {self._epoch}, or it is being served already"
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, cause)
-        self._executing = True
-        left_on_purpose = False
+        self._is_executing = True
         try:
-            yield pb.FromShard(welcome=pb.Welcome(epoch=hello.epoch))
-            async for answer in self._answers(worker, requests):
-                yield answer
-            left_on_purpose = True
+            await context.write(pb.FromShard(welcome=pb.Welcome(epoch=epoch)))
+            await self._serve_epoch(worker, context)
+            self._is_executing = False
         except Exception as error:
             logger.exception("the epoch ends")
-            yield pb.FromShard(fault=pb.Fault(message=f"{type(error).__name__}: {error}".splitlines()[0]))
+            await context.write(
+                pb.FromShard(fault=pb.Fault(message=f"{type(error).__name__}: {error}".splitlines()[0]))
+            )
         finally:
-            self._executing = False
-            if not left_on_purpose:
-                _exit_soon("the epoch ended: its stream or a step was lost")
+            if self._is_executing:
+                self._end("the epoch ended: its stream or a step was lost")
 
-    async def _answers(self, worker: Worker, requests: AsyncIterator[pb.ToShard]) -> AsyncIterator[pb.FromShard]:
-        """Answers in the order of the plans; plans are queued on the model thread as they arrive."""
-        steps: asyncio.Queue[asyncio.Future[pb.FromShard] | None] = asyncio.Queue()
-        reader = asyncio.create_task(self._read_plans(worker, requests, steps))
+    async def _serve_epoch(self, worker: Worker, context: Any) -> None:
+        """Answers plans in their order until Bye; they wait on the model thread as they arrive."""
+        steps: Steps = asyncio.Queue()
+        reader = asyncio.create_task(self._read_plans(worker, context, steps))
         try:
             while (step := await steps.get()) is not None:
                 async with asyncio.timeout(self._step_timeout_s):
                     answer = await step
-                yield answer
+                await context.write(answer)
             await reader
         finally:
             reader.cancel()
 
-    async def _read_plans(
-        self,
-        worker: Worker,
-        requests: AsyncIterator[pb.ToShard],
-        steps: asyncio.Queue[asyncio.Future[pb.FromShard] | None],
-    ) -> None:
+    async def _read_plans(self, worker: Worker, context: Any, steps: Steps) -> None:
         loop = asyncio.get_running_loop()
         try:
-            async for message in requests:
+            while True:
+                message = await context.read()
+                if message is grpc.aio.EOF:
+                    raise ConnectionError("the router went away without a goodbye")
                 if message.HasField("bye"):
                     return
                 arrived_at = time.perf_counter()
                 steps.put_nowait(loop.run_in_executor(self._model_thread, worker.step, message.plan, arrived_at))
-            raise ConnectionError("the router went away without a goodbye")
         finally:
             steps.put_nowait(None)
 
-
-def _exit_soon(cause: str) -> None:
-    """Ends the process even if the model thread hangs in a collective; the delay lets the Fault reach the router."""
-    logger.error("%s", cause)
-    asyncio.get_running_loop().call_later(0.1, os._exit, 1)
+    def _end(self, cause: str) -> None:
+        """Ends the process even if the model thread hangs in a collective."""
+        logger.error("%s", cause)
+        self._is_ending = True
+        asyncio.get_running_loop().call_later(LAST_WORDS_S, os._exit, 1)
 
 
 async def open_port(address: str, servicer: ShardServicer) -> tuple[grpc.aio.Server, health.aio.HealthServicer]:
     """Listens at `address` (`unix:/path` or `host:port`). Raises `OSError` when it is taken."""
-    options = [
-        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-        ("grpc.so_reuseport", 0),
-    ]
-    server = grpc.aio.server(options=options)
+    server = grpc.aio.server(options=SERVER_OPTIONS)
     shard_pb2_grpc.add_ShardServicer_to_server(servicer, server)
     health_servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)

@@ -16,13 +16,15 @@ import torch
 from torch import Tensor
 
 from proto import shard_pb2 as pb
+from shard.attention import AttentionBatch
 from shard.checkpoint import resolve
 from shard.config import ShardConfig
 from shard.distributed import RankGroup, connect
+from shard.errors import LoadError
 from shard.inputs import ModelInputs, PlanError, Seats, sampling_params
 from shard.memory import default_kv_bytes
 from shard.model import Model, load_model
-from shard.sampler import Sampled, Sampler, score
+from shard.sampler import Sampled, Sampler, Scored, score
 
 SCORE_ROWS: Final = 128
 """Prompt positions scored at once: 128 rows of a 150k vocabulary in float32 are 77 MB."""
@@ -46,6 +48,8 @@ def _device(config: ShardConfig) -> torch.device:
         kind = "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cpu":
         return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise LoadError("there is no CUDA device here")
     device = torch.device("cuda", config.rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
@@ -72,14 +76,15 @@ class Worker:
         self._epoch = 0
         self._next_step = 1
         self._ended_at = 0.0
+        # Measured before any KV memory is taken: later epochs get the same.
+        self._kv_budget_bytes = config.kv_cache_bytes or default_kv_bytes(
+            model.device, group.world_size, config.cuda_memory_fraction
+        )
         self._seats: Seats | None = None
         self._sampler: Sampler | None = None
 
     def describe(self) -> pb.ShardInfo:
         model = self._model
-        kv_bytes = self._config.kv_cache_bytes or default_kv_bytes(
-            model.device, self._group.world_size, self._config.cuda_memory_fraction
-        )
         return pb.ShardInfo(
             rank=self._group.rank,
             world_size=self._group.world_size,
@@ -93,7 +98,7 @@ class Worker:
             max_positions=model.max_positions,
             block_size=model.block_size,
             bytes_per_block=model.bytes_per_block,
-            kv_budget_bytes=kv_bytes,
+            kv_budget_bytes=self._kv_budget_bytes,
             last_epoch=self._epoch,
         )
 
@@ -119,7 +124,22 @@ class Worker:
                 eos_token_ids=self._model.eos_token_ids,
                 device=self._model.device,
             )
+        self._warm_up()
         return pb.ConfigureReply(epoch=request.epoch, kv_bytes=request.num_blocks * self._model.bytes_per_block)
+
+    @torch.inference_mode()
+    def _warm_up(self) -> None:
+        """One token through every layer in the padding block, so that the first step is as quick as the others."""
+        model, zero = self._model, torch.zeros(1, dtype=torch.int64, device=self._model.device)
+        batch = AttentionBatch.build(
+            slots=zero,
+            query_starts=[0, 1],
+            context_lens=[1],
+            block_tables=zero[None],
+            block_size=model.block_size,
+            device=model.device,
+        )
+        model.logits(model.hidden(zero, zero, batch))
 
     @torch.inference_mode()
     def step(self, plan: pb.StepPlan, arrived_at: float) -> pb.FromShard:
@@ -133,7 +153,7 @@ class Worker:
         forwarded_at = built_at
         if inputs is not None:
             hidden = self._model.hidden(inputs.input_ids, inputs.positions, inputs.batch)
-            output.target_logprobs.extend(self._score_targets(hidden, inputs))
+            self._score_targets(hidden, inputs, output)
             logits = self._model.logits(hidden[inputs.emit_index]) if inputs.emit_rows else None
             forwarded_at = time.perf_counter()
             if logits is not None:
@@ -174,15 +194,14 @@ class Worker:
                     start += count
         return seats
 
-    def _score_targets(self, hidden: Tensor, inputs: ModelInputs) -> list[float]:
-        """[S] prompt logprobs, lm_head in chunks; every rank takes part, rank 0 has the result."""
-        scores: list[float] = []
+    def _score_targets(self, hidden: Tensor, inputs: ModelInputs, output: pb.StepOutput) -> None:
+        """Prompt logprobs, lm_head in chunks; every rank takes part, rank 0 writes the result."""
         for start in range(0, len(inputs.targets), SCORE_ROWS):
             chunk = slice(start, start + SCORE_ROWS)
             logits = self._model.logits(hidden[inputs.target_index[chunk]])
-            if self._group.rank == 0:
-                scores += score(logits, inputs.targets[chunk]).tolist()
-        return scores
+            if self._sampler is not None:
+                asked = self._sampler.num_prompt_top(inputs.target_seats[chunk])
+                _fill_scores(output, score(logits, inputs.targets[chunk], asked))
 
     def _choose(self, logits: Tensor, inputs: ModelInputs, seats: Seats, output: pb.StepOutput) -> list[int]:
         """Rank 0 samples; every rank then holds the same last tokens. Returns them on the host."""
@@ -216,6 +235,15 @@ def _fill_output(output: pb.StepOutput, sampled: Sampled, emit_rows: Sequence[in
         output.num_top.append(num_top)
         output.top_token_ids.extend(top_ids[index][:num_top])
         output.top_logprobs.extend(top_logprobs[index][:num_top])
+
+
+def _fill_scores(output: pb.StepOutput, scored: Scored) -> None:
+    output.target_logprobs.extend(scored.logprobs.tolist())
+    output.target_num_top.extend(scored.num_top)
+    top_ids, top_logprobs = scored.top_ids.tolist(), scored.top_logprobs.tolist()
+    for index, num_top in enumerate(scored.num_top):
+        output.target_top_token_ids.extend(top_ids[index][:num_top])
+        output.target_top_logprobs.extend(top_logprobs[index][:num_top])
 
 
 def token_digest(token_ids: Sequence[int]) -> int:

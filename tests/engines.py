@@ -19,6 +19,19 @@ async def nobody_restarts() -> None:
     raise AssertionError("the group was lost")
 
 
+class Restarter:
+    """A supervisor that calls a function."""
+
+    def __init__(self, restart: Callable[[], Awaitable[None]]) -> None:
+        self._restart = restart
+
+    async def restart(self) -> None:
+        await self._restart()
+
+    def note_served(self) -> None:
+        return
+
+
 @contextlib.asynccontextmanager
 async def engine_over(
     addresses: list[str],
@@ -37,9 +50,9 @@ async def engine_over(
     demands = Demands(max_seats, max_step_tokens, max_kv_tokens)
     client = GroupClient(addresses, demands)
     await client.connect(find_s=LOAD_S, load_s=LOAD_S)
-    settings = EngineSettings(lookahead, step_timeout_s, LOAD_S, prefix_caching)
+    settings = EngineSettings(lookahead, step_timeout_s, LOAD_S, LOAD_S, prefix_caching)
     metrics = metrics or Metrics(max_input_tokens=1000, max_total_tokens=1000)
-    engine = Engine(client, tokenizer, metrics, settings, prefix_seed=b"test", restart=restart)
+    engine = Engine(client, tokenizer, metrics, settings, prefix_seed=b"test", supervisor=Restarter(restart))
     loop = asyncio.create_task(engine.run())
     try:
         yield engine

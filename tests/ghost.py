@@ -291,6 +291,10 @@ class GhostState:
             _require(seat.history == history[: seat.num_hit_tokens], "the history is not what the hit blocks hold")
         for position, target in enumerate(row.targets, start=row.first + 1):
             output.target_logprobs.append(BAD_SCORE if history is None else score(history[:position], target))
+            tops = likeliest((history or [])[:position], seat.sampling.prompt_top_n_tokens, self._vocab_size)
+            output.target_num_top.append(len(tops))
+            output.target_top_token_ids.extend(token for token, _ in tops)
+            output.target_top_logprobs.extend(logprob for _, logprob in tops)
         output.row_num_emitted.append(int(row.emit and not seat.faulted))
         if seat.faulted:
             output.row_faults.add(row=index, message=f"row {index} failed")
@@ -382,6 +386,7 @@ class GhostShard(shard_pb2_grpc.ShardServicer):  # type: ignore[misc]
         self._faults = faults
         self._die = die
         self._epoch = 0
+        self._is_executing = False
         self._state: GhostState | None = None
 
     async def Describe(self, request: pb.DescribeRequest, context: grpc.aio.ServicerContext) -> pb.ShardInfo:
@@ -403,6 +408,8 @@ class GhostShard(shard_pb2_grpc.ShardServicer):  # type: ignore[misc]
         )
 
     async def Configure(self, request: pb.ConfigureRequest, context: grpc.aio.ServicerContext) -> pb.ConfigureReply:
+        if self._is_executing:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "another router drives this rank")
         if request.epoch <= self._epoch:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"epoch {request.epoch} is over")
         self._epoch = request.epoch
@@ -418,17 +425,22 @@ class GhostShard(shard_pb2_grpc.ShardServicer):  # type: ignore[misc]
     async def Execute(
         self, requests: AsyncIterator[pb.ToShard], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.FromShard]:
-        async for message in requests:
-            match message.WhichOneof("message"):
-                case "hello" if message.hello.epoch == self._epoch and self._state is not None:
-                    yield pb.FromShard(welcome=pb.Welcome(epoch=self._epoch))
-                case "plan":
-                    async for answer in self._answer(message.plan):
-                        yield answer
-                case "bye":
-                    return
-                case _:
-                    await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"not in epoch {self._epoch}: {message}")
+        try:
+            async for message in requests:
+                match message.WhichOneof("message"):
+                    case "hello" if message.hello.epoch == self._epoch and self._state is not None:
+                        self._is_executing = True
+                        yield pb.FromShard(welcome=pb.Welcome(epoch=self._epoch))
+                    case "plan":
+                        async for answer in self._answer(message.plan):
+                            yield answer
+                    case "bye":
+                        return
+                    case _:
+                        cause = f"not in epoch {self._epoch}: {message}"
+                        await context.abort(grpc.StatusCode.FAILED_PRECONDITION, cause)
+        finally:
+            self._is_executing = False
 
     async def _answer(self, plan: pb.StepPlan) -> AsyncIterator[pb.FromShard]:
         if self._settings.step_delay_s:

@@ -11,7 +11,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from proto import shard_pb2 as pb
-from router.core.plan import SampledToken, StepPlan
+from router.core.plan import SampledToken, StepPlan, TopTokens
 from router.core.request import FinishReason, Request, Sequence, SequenceState
 from router.core.scheduler import Emission, Limits, Scheduler
 from router.group.codec import decode_output, encode_plan
@@ -29,6 +29,7 @@ class Expected:
     finish: FinishReason
     num_emitted: int = 0
     prompt_logprobs: list[float] = field(default_factory=list)
+    prompt_tops: list[TopTokens] = field(default_factory=list)
     ended: bool = False
 
 
@@ -117,6 +118,7 @@ class House:
         assert not expected.ended, f"{name} emits after its end"
         assert emission.fault is None, f"{name}: {emission.fault}"
         expected.prompt_logprobs += emission.prompt_logprobs
+        expected.prompt_tops += emission.prompt_tops
         if emission.token is not None:
             self._check_token(sequence, expected, emission.token)
         is_last = expected.num_emitted == len(expected.tokens)
@@ -137,7 +139,14 @@ class House:
     def _check_end(self, sequence: Sequence, expected: Expected) -> None:
         wanted = oracle_prompt_logprobs(sequence.request.prompt) if sequence.request.prompt_logprobs else []
         assert expected.prompt_logprobs == wanted, f"sequence {sequence.arrival}: prompt logprobs"
+        assert expected.prompt_tops == self._wanted_prompt_tops(sequence), f"sequence {sequence.arrival}: prompt tops"
         assert sequence.state is SequenceState.FINISHED
+
+    def _wanted_prompt_tops(self, sequence: Sequence) -> list[TopTokens]:
+        prompt, num_top = sequence.request.prompt, sequence.request.sampling.prompt_top_n_tokens
+        if not sequence.request.prompt_logprobs or not num_top:
+            return []
+        return [tuple(likeliest(prompt[:end], num_top, VOCAB_SIZE)) for end in range(1, len(prompt))]
 
 
 def make_request(

@@ -28,9 +28,10 @@ class Server:
 
     process: subprocess.Popen[bytes]
     url: str
-    log: IO[bytes]
+    log: IO[bytes] | None
 
     def read_log(self) -> str:
+        assert self.log is not None
         return Path(self.log.name).read_text()
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:

@@ -30,9 +30,13 @@ COMMANDS = {"router/__main__.py", "shard/__main__.py", "shard/checkpoint.py"}
 
 LAST_RESORTS = {
     # Foreign code that raises what it likes, turned into an error of ours.
+    "router/text/chat.py",
     "router/text/tokenizer.py",
     "shard/model.py",
     # Tops of loops: whatever happens ends the epoch, the sequence or the process, and is logged.
+    "router/engine.py",
+    "router/group/client.py",
+    "shard/__main__.py",
     "shard/server.py",
 }
 """Where `except Exception` is right."""

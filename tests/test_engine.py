@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
 import pytest
 
 from router.core.request import FinishReason, Sampling
 from router.engine import Engine, TokenEvent
-from router.errors import GenerationFailed, NotReady, StartupError
+from router.errors import GenerationFailed, GroupLost, NotReady, StartupError
 from router.group.client import Demands, GroupClient
 from router.metrics import Metrics
+from router.text.output import OutputText, Piece
 from router.text.tokenizer import Tokenizer
 from tests.engines import collect, engine_over, greedy, sampled
 from tests.ghost import Fault, FaultKind, GhostGroup, GhostSettings, ghost_group, oracle, oracle_prompt_logprobs
@@ -248,7 +250,7 @@ def test_an_engine_that_shuts_down_refuses_and_drains(tokenizer: Tokenizer) -> N
         running = asyncio.create_task(collect(engine.submit(greedy([1, 2], 30))))
         endless = asyncio.create_task(collect(engine.submit(greedy([3, 4], 90))))
         await asyncio.sleep(0)
-        engine.refuse(NotReady("the server is shutting down"))
+        engine.refuse("the server is shutting down")
 
         with pytest.raises(NotReady):
             engine.submit(greedy([5], 3))
@@ -259,6 +261,43 @@ def test_an_engine_that_shuts_down_refuses_and_drains(tokenizer: Tokenizer) -> N
             await endless
 
     over_ghosts(tokenizer, act, GhostSettings(step_delay_s=0.002))
+
+
+def test_a_sequence_whose_text_fails_fails_alone(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Fragile(OutputText):
+        def push(self, token_id: int, *, last: bool) -> Piece:
+            if token_id == oracle([1, 2, 3], 5)[4]:
+                raise OverflowError
+            return super().push(token_id, last=last)
+
+    async def act(group: GhostGroup, engine: Engine, metrics: Metrics) -> None:
+        monkeypatch.setattr("router.engine.OutputText", Fragile)
+        doomed = engine.submit(greedy([1, 2, 3], 10))
+        monkeypatch.undo()
+        fine = engine.submit(greedy([4, 5], 10))
+
+        with pytest.raises(GenerationFailed, match="could not be decoded"):
+            await collect(doomed)
+        assert ids(await collect(fine)) == oracle([4, 5], 10)
+        assert engine.gauges.kv_cache_utilization == 0
+
+    over_ghosts(tokenizer, act)
+
+
+def test_a_group_that_comes_back_with_another_model_is_given_up(tokenizer: Tokenizer) -> None:
+    async def act(group: GhostGroup, engine: Engine, metrics: Metrics) -> None:
+        stream = asyncio.create_task(collect(engine.submit(greedy([1, 2], 40))))
+        await asyncio.sleep(0.05)
+        for host in group.hosts:
+            host.settings = replace(host.settings, vocab_size=98)
+        await group.kill(0)
+
+        with pytest.raises(NotReady):
+            await stream
+        assert not engine.ready
+
+    with pytest.raises(StartupError, match="another model: vocab_size"):
+        over_ghosts(tokenizer, act, GhostSettings(step_delay_s=0.01))
 
 
 def test_ranks_that_do_not_belong_together_are_refused() -> None:
@@ -275,14 +314,17 @@ def test_ranks_that_do_not_belong_together_are_refused() -> None:
     asyncio.run(run())
 
 
-def test_one_router_at_a_time_drives_a_group_and_the_newest_epoch_wins(tokenizer: Tokenizer) -> None:
+def test_one_router_at_a_time_drives_a_group() -> None:
     async def run() -> None:
         async with ghost_group() as group:
             first, second = (GroupClient(group.addresses, Demands(4, 16)) for _ in range(2))
             info = await first.connect(find_s=1, load_s=1)
+            with pytest.raises(GroupLost, match="another router"):
+                await second.connect(find_s=1, load_s=1)
+            await first.close(goodbye=True)
             again = await second.connect(find_s=1, load_s=1)
+            await second.close(goodbye=True)
+
             assert again.epoch > info.epoch
-            await first.close(goodbye=False)
-            await second.close(goodbye=False)
 
     asyncio.run(run())

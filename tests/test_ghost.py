@@ -205,7 +205,7 @@ async def generate(client: GroupClient, *, timeout_s: float = 5.0) -> list[int]:
     scheduler = Scheduler(Limits(info.num_blocks, info.block_size, info.max_seats, info.max_step_tokens))
     sequence = scheduler.add(Request("r", PROMPT, 4))
     while (plan := scheduler.plan()) is not None:
-        await client.send(plan)
+        await client.send(plan, 10)
         scheduler.commit(await client.receive(timeout_s))
     return sequence.tokens[len(PROMPT) :]
 

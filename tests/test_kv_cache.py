@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import torch
 
 from shard.kv_cache import KVCache, LayerShape, bytes_per_block
@@ -60,3 +63,24 @@ def test_what_is_not_finite_is_stored_as_zero() -> None:
     cache.write(0, torch.tensor([4]), torch.ones(1, 2, 6), bad)
 
     assert cache.read(0, torch.tensor([1]), num_rows=1)[1][0, 0].tolist() == [[0.0, 0.0, 0.0, 7.0]] * 2
+
+
+def test_memory_is_taken_when_it_is_written_and_given_back_with_the_cache() -> None:
+    gigabyte = 1 << 30
+    resident_before, mapped_before = memory_bytes()
+
+    cache = KVCache([LAYERS[1]], num_blocks=gigabyte // 64, block_size=4, dtype=torch.float32, device=CPU)
+    cache.write(0, torch.tensor([8]), torch.ones(1, 1, 8), torch.ones(1, 1, 8))
+    resident, mapped = memory_bytes()
+
+    assert mapped - mapped_before >= 4 * gigabyte
+    assert resident - resident_before < gigabyte // 16
+    del cache
+    assert memory_bytes()[1] < mapped - 3 * gigabyte
+
+
+def memory_bytes() -> tuple[int, int]:
+    """What this process holds and what it has mapped."""
+    mapped, resident, *_ = Path("/proc/self/statm").read_text().split()
+    page = os.sysconf("SC_PAGE_SIZE")
+    return int(resident) * page, int(mapped) * page

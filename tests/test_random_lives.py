@@ -84,6 +84,7 @@ class RandomLife:
             repetition_penalty=1.1,
             logit_bias=((3, -1.5),),
             top_n_tokens=self.random.randint(0, 3),
+            prompt_top_n_tokens=self.random.randint(0, 2),
             bad_words=((1, 2), (5,)),
         )
 

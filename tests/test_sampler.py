@@ -535,4 +535,16 @@ def test_score_is_the_log_softmax_at_the_targets() -> None:
 
     expected = logits.double().log_softmax(-1)[torch.arange(70), targets]
 
-    assert (score(logits, targets) - expected).abs().max() < 1e-5
+    assert (score(logits, targets, [0] * 70).logprobs - expected).abs().max() < 1e-5
+
+
+def test_score_finds_the_likeliest_tokens_of_the_rows_that_ask() -> None:
+    logits = peaked_logits(3, 300, seed=2)
+    best = logits.argmax(-1)
+
+    scored = score(logits, torch.tensor([7, int(best[1]), 7]), [0, 1, 3])
+
+    assert scored.num_top == [0, 1, 3]
+    assert scored.top_ids[1, 0] == best[1]
+    assert scored.top_logprobs[1, 0] == scored.logprobs[1], "a greedy token is recognised by exact equality"
+    assert scored.top_ids[2].tolist() == logits[2].topk(3).indices.tolist()

@@ -527,6 +527,7 @@ def test_every_sampling_parameter_reaches_the_shard() -> None:
         no_repeat_ngram_size=3,
         min_new_tokens=2,
         bad_words=((1, 2), (5,)),
+        prompt_top_n_tokens=1,
     )
     neutral = Sampling()
     assert all(getattr(sampling, f.name) != getattr(neutral, f.name) for f in fields(Sampling))

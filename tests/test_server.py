@@ -157,6 +157,19 @@ def test_a_shard_starts_without_fastapi(smollm2: Path, tmp_path: Path) -> None:
         shard.stdout.close()
 
 
+def test_a_router_that_is_stopped_while_it_loads_leaves_nothing(smollm2: Path) -> None:
+    command = [sys.executable, "-m", "router", "--model-id", str(smollm2), "--port", "0"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    server = Server(process, "", log=None)
+    while not server.children():
+        time.sleep(0.01)
+    time.sleep(1.0)
+    children = server.children()
+
+    assert server.stop() == 0
+    assert not any(map(is_alive, children))
+
+
 def assert_one_line_cause(done: subprocess.CompletedProcess[str], cause: str) -> None:
     assert done.returncode not in (0, -signal.SIGKILL)
     assert done.stdout == ""

@@ -52,20 +52,28 @@ class StepPlan:
         return sum(row.num_tokens for row in self.rows)
 
 
+TopTokens = tuple[tuple[int, float], ...]
+"""Token ids with their log-probabilities, most likely first."""
+
+
 class SampledToken(NamedTuple):
     """A token a row emitted, with log-probabilities (natural log) under the model's raw logits."""
 
     token_id: int
     logprob: float
-    top_tokens: tuple[tuple[int, float], ...] = ()
+    top_tokens: TopTokens = ()
 
 
 class RowOutput(NamedTuple):
-    """What one row of the plan gave. A row with a `fault` emits nothing and its sequence cannot go on."""
+    """What one row of the plan gave. A row with a `fault` emits nothing and its sequence cannot go on.
+
+    `target_tops` has an entry per target, like `target_logprobs`, or none at all if no entry would hold a token.
+    """
 
     tokens: tuple[SampledToken, ...] = ()
     target_logprobs: tuple[float, ...] = ()
     fault: str | None = None
+    target_tops: tuple[TopTokens, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

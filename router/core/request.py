@@ -39,6 +39,8 @@ class Sampling:
     no_repeat_ngram_size: int = 0
     min_new_tokens: int = 0
     bad_words: tuple[tuple[int, ...], ...] = ()
+    prompt_top_n_tokens: int = 0
+    """Likeliest tokens to return with each scored prompt token."""
 
     @property
     def looks_back(self) -> bool:

@@ -23,7 +23,7 @@ from typing import Final, NamedTuple
 
 from router.core.blocks import BlockPool
 from router.core.line import Line
-from router.core.plan import Open, Row, RowOutput, SampledToken, StepOutput, StepPlan
+from router.core.plan import Open, Row, RowOutput, SampledToken, StepOutput, StepPlan, TopTokens
 from router.core.prefix import PrefixHasher
 from router.core.request import FinishReason, Request, Sequence, SequenceState
 
@@ -63,6 +63,8 @@ class Emission(NamedTuple):
     """Scores of the next prompt tokens; the first ever received is that of the prompt's second token."""
     fault: str | None = None
     """Why this sequence alone cannot go on, in words for its client."""
+    prompt_tops: tuple[TopTokens, ...] = ()
+    """The likeliest tokens in those tokens' places, if the request asked for them."""
 
 
 @dataclass(slots=True)
@@ -447,7 +449,7 @@ class Scheduler:
         scores = answer.target_logprobs
         sequence.num_prompt_scored += len(scores)
         if not answer.tokens:
-            return Emission(sequence, prompt_logprobs=scores) if scores else None
+            return Emission(sequence, prompt_logprobs=scores, prompt_tops=answer.target_tops) if scores else None
         (token,) = answer.tokens
         sequence.tokens.append(token.token_id)
         self.counters.num_emitted_tokens += 1
@@ -457,7 +459,7 @@ class Scheduler:
         finish = _finish_reason(sequence)
         if finish is not None:
             self.finish(sequence, finish)
-        return Emission(sequence, token, finish, scores)
+        return Emission(sequence, token, finish, scores, prompt_tops=answer.target_tops)
 
     def _fail(self, sequence: Sequence, fault: str) -> Emission:
         """Ends a sequence whose row failed. Its blocks may hold what made it fail, so nobody may find them again."""
@@ -517,8 +519,14 @@ class Scheduler:
 
     # Self-check
 
+    def check_empty(self) -> None:
+        """When no sequence is left nothing may be held. Raises `AssertionError` if something is; costs nothing."""
+        held = (len(self._running), len(self._waiting), self._pool.num_usable - self._pool.num_free)
+        assert held == (0, 0, 0), f"{held} running, waiting and blocks are left of no sequence"
+        assert len(self._free_seats) == self._limits.max_seats, f"{len(self._free_seats)} seats are free"
+
     def check_integrity(self) -> None:
-        """Raises `AssertionError` if blocks, seats or states do not add up."""
+        """Raises `AssertionError` if blocks, seats or states do not add up. Looks at each one: milliseconds."""
         self._pool.check_integrity(sequence.blocks for sequence in self._running)
         seats = [sequence.seat for sequence in self._running]
         assert sorted([*self._free_seats, *(seat for seat in seats if seat is not None)]) == list(

@@ -24,6 +24,8 @@ from router.group.codec import decode_output, encode_plan
 
 MAX_MESSAGE_BYTES: Final = 64 << 20
 GOODBYE_S: Final = 1.0
+GRACE_S: Final = 0.25
+"""After a deadline answers are looked for once more: it may have been this process that was held up."""
 CHANNEL_OPTIONS: Final = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -31,6 +33,11 @@ CHANNEL_OPTIONS: Final = (
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 500),
+    # A shard whose machine is gone sends no FIN: without pings an idle router would not notice.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
 )
 
 T = TypeVar("T")
@@ -121,6 +128,7 @@ class GroupClient:
         describe = pb.DescribeRequest()
         infos = await self._each_rank(_call(r.address, r.stub.Describe(describe, timeout=load_s)) for r in self._ranks)
         self._check_belong_together(infos)
+        self._check_same_model(infos[0])
         configure = self._agree(infos)
         await self._each_rank(_call(r.address, r.stub.Configure(configure, timeout=load_s)) for r in self._ranks)
         await self._each_rank(self._open_stream(rank, load_s) for rank in self._ranks)
@@ -156,6 +164,15 @@ class GroupClient:
             values = [getattr(info, name) for info in infos]
             if len(dict.fromkeys(values)) > 1:
                 raise StartupError(f"the ranks disagree on {name}: {values}")
+
+    def _check_same_model(self, info: pb.ShardInfo) -> None:
+        """Sequences of an earlier epoch can only go on with the model they began with."""
+        if self._info is None:
+            return
+        names = ("model_id", "revision", "model_type", "dtype", "vocab_size", "max_positions", "block_size")
+        changed = [name for name in names if getattr(info, name) != getattr(self._info, name)]
+        if changed or tuple(info.eos_token_ids) != self._info.eos_token_ids:
+            raise StartupError(f"the shards came back with another model: {', '.join(changed or ['eos_token_ids'])}")
 
     def _agree(self, infos: list[pb.ShardInfo]) -> pb.ConfigureRequest:
         """The smallest rank's capacity, by measured bytes. Later epochs keep the first one's, so nothing admitted
@@ -201,6 +218,8 @@ class GroupClient:
                 self._answered.set()
         except GroupLost as error:
             self._lose(error)
+        except Exception as error:  # bytes that are no message, say: whatever it is, this rank is of no use any more
+            self._lose(GroupLost(f"{rank.address}: {error!r}"))
 
     def _lose(self, error: GroupLost) -> None:
         if self._lost is None:
@@ -213,19 +232,33 @@ class GroupClient:
         if self._lost is not None:
             raise self._lost
 
-    async def send(self, plan: StepPlan) -> None:
-        """Sends the plan to every rank. Raises `GroupLost`."""
+    async def send(self, plan: StepPlan, timeout_s: float) -> None:
+        """Sends the plan to every rank. Raises `GroupLost`, also when a rank does not take it within `timeout_s`."""
         self.raise_if_lost()
         begun_at = time.perf_counter()
         message = pb.ToShard(plan=encode_plan(plan))
         self.codec_s += time.perf_counter() - begun_at
         self._outstanding.append(plan)
-        for rank in self._ranks:
-            await _call(rank.address, rank.stream.write(message))
+        try:
+            async with asyncio.timeout(timeout_s):
+                for rank in self._ranks:
+                    await _call(rank.address, rank.stream.write(message))
+        except TimeoutError:
+            raise GroupLost(f"step {plan.step} was not taken within {timeout_s:.1f} s") from None
 
     async def receive(self, timeout_s: float) -> StepOutput:
         """The answer to the oldest plan sent. Raises `GroupLost` on any failure, also past `timeout_s`."""
         plan = self._outstanding[0]
+        if not await self._have_answers(timeout_s) and not await self._have_answers(GRACE_S):
+            raise GroupLost(f"step {plan.step} did not return within {timeout_s:.1f} s")
+        self._outstanding.popleft()
+        begun_at = time.perf_counter()
+        output = self._decode(plan, [rank.answers.popleft() for rank in self._ranks])
+        self.codec_s += time.perf_counter() - begun_at
+        return output
+
+    async def _have_answers(self, timeout_s: float) -> bool:
+        """Whether every rank has answered, within the time given."""
         try:
             async with asyncio.timeout(timeout_s):
                 while not all(rank.answers for rank in self._ranks):
@@ -233,12 +266,8 @@ class GroupClient:
                     self._answered.clear()
                     await self._answered.wait()
         except TimeoutError:
-            raise GroupLost(f"step {plan.step} did not return within {timeout_s:.1f} s") from None
-        self._outstanding.popleft()
-        begun_at = time.perf_counter()
-        output = self._decode(plan, [rank.answers.popleft() for rank in self._ranks])
-        self.codec_s += time.perf_counter() - begun_at
-        return output
+            return False
+        return True
 
     def _decode(self, plan: StepPlan, answers: list[pb.FromShard]) -> StepOutput:
         first = answers[0].output

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 from proto import shard_pb2 as pb
-from router.core.plan import Open, RowOutput, SampledToken, StepOutput, StepPlan, Timings
+from router.core.plan import Open, RowOutput, SampledToken, StepOutput, StepPlan, Timings, TopTokens
 from router.core.request import Sampling
 from router.errors import GroupLost
 
@@ -58,6 +60,7 @@ def _encode_sampling(sampling: Sampling) -> pb.Sampling:
         no_repeat_ngram_size=sampling.no_repeat_ngram_size,
         min_new_tokens=sampling.min_new_tokens,
         bad_words=[pb.TokenRun(token_ids=run) for run in sampling.bad_words],
+        prompt_top_n_tokens=sampling.prompt_top_n_tokens,
     )
 
 
@@ -81,7 +84,7 @@ def _decode_output(message: pb.StepOutput, plan: StepPlan, vocab_size: int) -> S
     faults = {fault.row: fault.message for fault in message.row_faults}
     token_ids, logprobs, num_top = list(message.token_ids), list(message.logprobs), list(message.num_top)
     top_ids, top_logprobs = list(message.top_token_ids), list(message.top_logprobs)
-    target_logprobs = list(message.target_logprobs)
+    target_logprobs, target_tops = list(message.target_logprobs), _target_tops(message)
     if token_ids and max(token_ids) >= vocab_size:
         raise ValueError(f"token {max(token_ids)} in a vocabulary of {vocab_size}")
     rows: list[RowOutput] = []
@@ -96,9 +99,12 @@ def _decode_output(message: pb.StepOutput, plan: StepPlan, vocab_size: int) -> S
             tops = tuple(zip(top_ids[top:end], top_logprobs[top:end], strict=True)) if end > top else ()
             sampled.append(SampledToken(token_ids[token], logprobs[token], tops))
             token, top = token + 1, end
-        scored = tuple(target_logprobs[target : target + len(row.targets)])
-        target += len(row.targets)
-        rows.append(RowOutput(tuple(sampled), scored, fault))
+        end = target + len(row.targets)
+        row_tops = tuple(target_tops[target:end])
+        rows.append(
+            RowOutput(tuple(sampled), tuple(target_logprobs[target:end]), fault, row_tops if any(row_tops) else ())
+        )
+        target = end
     given = (len(token_ids), len(logprobs), len(num_top), len(top_ids), len(top_logprobs), len(target_logprobs))
     if given != (token, token, token, top, top, target):
         raise ValueError(f"ragged columns of {given} entries")
@@ -108,3 +114,14 @@ def _decode_output(message: pb.StepOutput, plan: StepPlan, vocab_size: int) -> S
         rows,
         Timings(timings.wait_us, timings.inputs_us, timings.forward_us, timings.sample_us),
     )
+
+
+def _target_tops(message: pb.StepOutput) -> list[TopTokens]:
+    """The likeliest tokens of each target, cut out of their column; empty when nobody asked for any."""
+    counts, ids, logprobs = message.target_num_top, list(message.target_top_token_ids), message.target_top_logprobs
+    if (len(counts), sum(counts)) != (len(message.target_logprobs), len(ids)) or len(ids) != len(logprobs):
+        raise ValueError(f"{len(ids)} top tokens of {len(counts)} targets")
+    if not ids:
+        return []
+    pairs = zip(ids, logprobs, strict=True)
+    return [tuple(islice(pairs, count)) for count in counts]
