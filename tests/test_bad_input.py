@@ -253,7 +253,7 @@ def test_body_that_grows_too_large_is_not_read_to_its_end(client: Client) -> Non
         "http://test//generate",
         "/Generate",
         "/generate%2f",
-        "/v1/chat/completions",
+        "/v1/embeddings",
         "/..%2fhealth",
     ],
 )
@@ -271,9 +271,11 @@ def test_unknown_routes_are_a_404(client: Client, method: str, path: str) -> Non
         ("PUT", "/generate", "POST"),
         ("DELETE", "/generate_stream", "POST"),
         ("TRACE", "/tokenize", "POST"),
-        ("POST", "/health", "GET"),
-        ("POST", "/metrics", "GET"),
-        ("PATCH", "/info", "GET"),
+        ("POST", "/health", "GET,HEAD"),
+        ("POST", "/metrics", "GET,HEAD"),
+        ("PATCH", "/info", "GET,HEAD"),
+        ("PUT", "/", "GET,HEAD,POST"),
+        ("PUT", "/v2/models/m/versions/1/infer", "POST"),
     ],
 )
 def test_wrong_methods_are_a_405(client: Client, method: str, path: str, allowed: str) -> None:

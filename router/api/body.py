@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import orjson
 from fastapi import Request
@@ -22,10 +22,30 @@ B = TypeVar("B", bound=Body)
 Path = Sequence[str | int]
 
 
+class Parsed(NamedTuple):
+    """A body that is JSON and has yet to be fitted to a model; `raw` is kept to say where it does not fit."""
+
+    raw: bytes
+    value: object
+
+    def has(self, field: str) -> bool:
+        """Whether it is an object with this field: what routes that take several shapes tell them by."""
+        return isinstance(self.value, dict) and field in self.value
+
+
 async def read_body(request: Request, model: type[B], *, limit_bytes: int) -> B:
     """The body as a model. Raises `UnsupportedMedia`, `BodyTooLarge` or `BadBody`, in this order of checks."""
-    _check_headers(request)
-    return parse_body(await _read_bytes(request, limit_bytes), model)
+    return fit_body(await read_json(request, limit_bytes=limit_bytes), model)
+
+
+async def read_json(request: Request, *, limit_bytes: int) -> Parsed:
+    """The body before anybody knows its model; may be called again on the same request. Raises as `read_body`."""
+    parsed: Parsed | None = getattr(request.state, "parsed_body", None)
+    if parsed is None:
+        _check_headers(request)
+        raw = await _read_bytes(request, limit_bytes)
+        parsed = request.state.parsed_body = Parsed(raw, _parse_json(raw))
+    return parsed
 
 
 def _check_headers(request: Request) -> None:
@@ -49,8 +69,9 @@ async def _read_bytes(request: Request, limit_bytes: int) -> bytes:
     return bytes(body)
 
 
-def parse_body(raw: bytes, model: type[B]) -> B:
-    value = _parse_json(raw)
+def fit_body(parsed: Parsed, model: type[B]) -> B:
+    """Raises `BadBody` where the JSON is not what the model takes."""
+    raw, value = parsed
     if not isinstance(value, dict):
         raise BadBody(422, f"{mismatch(value, f'struct {model.__name__}')} at {_position(raw, len(raw.rstrip()))}")
     try:

@@ -1,4 +1,4 @@
-"""What happens around every route, as plain ASGI: request ids, and what browsers want to know about origins.
+"""What happens around every route, as plain ASGI: request ids, traces, HEAD, and what browsers ask about origins.
 
 Nothing here buffers, so streams pass byte for byte.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Sequence
+from contextvars import ContextVar
 from typing import Final
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -15,6 +16,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 """What an id from outside may be: nothing that could forge a header or a log line."""
+
+TRACE_PARENT: Final = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
+"""https://www.w3.org/TR/trace-context/#traceparent-header: version, trace, parent, flags, and what is yet to come."""
+
+TRACE_ID: Final[ContextVar[str | None]] = ContextVar("trace_id", default=None)
+"""The trace that the request being served belongs to, for the log."""
 
 
 class RequestId:
@@ -39,6 +46,46 @@ class RequestId:
         await self._app(scope, receive, send_with_id)
 
 
+class TraceContext:
+    """Takes part in a client's trace: its id goes into the log, and its `traceparent` back with the answer.
+
+    Shards are told nothing of it: a step serves many requests at once, so none of them could be its parent.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        given = Headers(scope=scope).get("traceparent", "") if scope["type"] == "http" else ""
+        trace_parent = TRACE_PARENT.fullmatch(given)
+        if trace_parent is None:
+            await self._app(scope, receive, send)
+            return
+
+        async def send_with_trace(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["traceparent"] = given
+            await send(message)
+
+        token = TRACE_ID.set(trace_parent[1])
+        try:
+            await self._app(scope, receive, send_with_trace)
+        finally:
+            TRACE_ID.reset(token)
+
+
+class Head:
+    """Answers HEAD as GET, on every route that has a GET; the server leaves the body out."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}
+        await self._app(scope, receive, send)
+
+
 class Cors:
     """Says which origins may read the answers, and answers every OPTIONS request itself, before routes and keys."""
 
@@ -58,6 +105,7 @@ class Cors:
                 headers["vary"] = "origin, access-control-request-method, access-control-request-headers"
                 if allowed is not None:
                     headers["access-control-allow-origin"] = allowed
+                    headers["access-control-expose-headers"] = "x-compute-type, x-compute-time"
             await send(message)
 
         if scope["method"] == "OPTIONS":

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Final
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, RedirectResponse
 
 from router.api import render
 from router.api.admission import Services
@@ -33,6 +33,9 @@ def health_routes(services: Services) -> APIRouter:
         if not services.engine.ready:
             raise NotReady("unhealthy")
         return Response()
+
+    if services.config.aip_health_route is not None:
+        router.add_api_route(services.config.aip_health_route, health, include_in_schema=False)
 
     @router.get("/livez")
     async def alive() -> Response:
@@ -61,6 +64,11 @@ def info_routes(services: Services) -> APIRouter:
     async def openapi(request: Request) -> Response:
         return JSONResponse(request.app.openapi())
 
+    @router.get("/docs/", include_in_schema=False)
+    async def docs() -> Response:
+        """TGI's address of the page at /docs."""
+        return RedirectResponse("/docs")
+
     return router
 
 
@@ -68,7 +76,7 @@ def _info(services: Services) -> dict[str, object]:
     config, limits = services.config, services.validator.limits
     return {
         "model_id": config.model_name,
-        "model_sha": None,
+        "model_sha": services.model_sha,
         "model_pipeline_tag": None,
         "max_concurrent_requests": config.max_concurrent_requests,
         "max_best_of": limits.max_best_of,

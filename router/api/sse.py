@@ -18,12 +18,18 @@ T = TypeVar("T")
 
 STREAM_HEADERS: Final = {"content-type": "text/event-stream", "cache-control": "no-cache", "x-accel-buffering": "no"}
 
+LINE_ENDS_OF_PYTHON: Final = tuple((char.encode(), f"\\u{ord(char):04x}".encode()) for char in "\x85\u2028\u2029")
+"""Clients that split lines as `str.splitlines` does, httpx among them, would cut an event here."""
+
 
 class ClientGone(Exception):
     """The client closed the connection; there is nobody to answer."""
 
 
 def frame(payload: bytes) -> bytes:
+    """One event. `payload` is JSON, where these characters can only stand inside strings and may as well be escaped."""
+    for char, escape in LINE_ENDS_OF_PYTHON:
+        payload = payload.replace(char, escape)
     return b"data: " + payload + b"\n\n"
 
 

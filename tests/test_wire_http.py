@@ -1,0 +1,138 @@
+"""Every route's answers, byte for byte: `tests/data/http` holds what is sent and what must come back.
+
+    ### a name
+    POST /generate            the request's line, its headers, an empty line, its body
+
+    {"inputs":"a"}
+    --->
+    200                       the status, the headers in their order, an empty line, the body, two LF
+    content-type: application/json
+
+    {"generated_text":" Paris"}
+
+Numbers that differ from run to run are written as `*`. Behind the model stands a script, named here by the exchange.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import httpx
+import pytest
+
+from router import validate
+from router.core.request import FinishReason
+from router.engine import Token
+from router.errors import GenerationFailed, NotReady, Overloaded
+from tests.http_app import PARIS, Client, FakeEngine, Script
+
+EXCHANGES = Path(__file__).parent / "data" / "http"
+TIMES = ("x-compute-time", "x-total-time", "x-validation-time", "x-queue-time", "x-inference-time", "x-time-per-token")
+
+TOP = (Token(3681, " Paris", -0.25, False), Token(7, " Rome", -17.25, False), Token(8, "x", float("-inf"), False))
+BYTES = (
+    Token(5, "", -0.1, False),
+    Token(6, "\u00e9\u4eac", -3.5762787e-06, False),
+    Token(7, '"\n\u2028', float("nan"), False),
+)
+STOPPED = Script((PARIS[0], Token(30, ".", -0.34, False)), reason=FinishReason.STOP_SEQUENCE)
+FAILURE = GenerationFailed("Server error: NaN logits")
+
+SCRIPTS: dict[str, list[Script]] = {
+    "best_of": [Script(), Script((Token(7, " Rome", -1.0, False),), reason=FinishReason.LENGTH)],
+    "best_of with prompt details": [Script(), Script((Token(7, " Rome", -1.0, False),))],
+    "best_of with top tokens": [Script(top_tokens=TOP[:1]), Script((Token(7, " Rome", -1.0, False),), TOP[1:2])],
+    "top tokens": [Script(top_tokens=TOP)],
+    "streamed top tokens": [Script(top_tokens=TOP)],
+    "text is not escaped": [Script(BYTES, reason=FinishReason.LENGTH)],
+    "streamed text is not escaped": [Script(BYTES, reason=FinishReason.LENGTH)],
+    "stop sequence": [STOPPED],
+    "streamed stop sequence": [STOPPED],
+    "failure": [Script((), error=FAILURE)],
+    "failure before the first event": [Script((), error=FAILURE)],
+    "failure behind the first event": [Script(PARIS[:1], error=FAILURE)],
+    "two instances": [Script(), STOPPED],
+    "an instance fails": [Script(), Script((), error=FAILURE)],
+    "two tensors": [Script(), STOPPED],
+    "a tensor fails": [Script((), error=FAILURE)],
+}
+REFUSALS = {"overloaded": Overloaded(7), "overloaded stream": Overloaded(7), "not ready": NotReady("unhealthy")}
+SETTINGS: dict[str, dict[str, object]] = {
+    "wrong key": {"api_key": "sesame"},
+    "too large": {"payload_limit": 20},
+    "allowed origin": {"cors_allow_origin": ("https://a.example",)},
+    "best_of above its limit": {"max_best_of": 1},
+    "a path of the platform": {"aip_predict_route": "/p:predict"},
+    "served name": {"served_model_name": "org/m"},
+}
+
+
+class Exchange(NamedTuple):
+    name: str
+    request: str
+    answer: str
+
+
+def read_exchanges() -> list[Exchange]:
+    found = []
+    for path in sorted(EXCHANGES.glob("*.txt")):
+        for block in path.read_text().split("### ")[1:]:
+            name, _, rest = block.partition("\n")
+            request, _, answer = rest.partition("\n--->\n")
+            found.append(Exchange(name, request, answer))
+    return found
+
+
+def perform(exchange: Exchange) -> httpx.Response:
+    name = exchange.name
+    engine = FakeEngine(list(SCRIPTS.get(name, [Script()])), REFUSALS.get(name), ready=name != "unhealthy")
+    head, _, body = exchange.request.partition("\n\n")
+    line, *headers = head.split("\n")
+    method, path = line.split()
+    sent = dict(header.split(": ", 1) for header in headers)
+    if method == "POST":
+        sent.setdefault("content-type", "application/json")
+    return Client(engine, **SETTINGS.get(name, {})).call(method, path, headers=sent, content=body.encode())
+
+
+def transcript(response: httpx.Response) -> str:
+    """Without what is on every answer, unless a browser asks."""
+    around = () if "origin" in response.request.headers else ("vary", "access-control", "x-request-id")
+    shown = [(name, value) for name, value in response.headers.items() if not name.startswith(around)]
+    headers = [f"{name}: {mask(name, value)}" for name, value in shown]
+    return "\n".join([str(response.status_code), *headers, "", response.content.decode()]) + "\n"
+
+
+def mask(name: str, value: str) -> str:
+    if name not in TIMES:
+        return value
+    pattern = r"\d+(\.\d+(e-\d+)?)?" if name == "x-compute-time" else r"\d+"
+    return "*" if re.fullmatch(pattern, value) else value
+
+
+@pytest.mark.parametrize("exchange", read_exchanges(), ids=lambda exchange: exchange.name)
+def test_answers_are_the_recorded_bytes(exchange: Exchange, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(validate.secrets, "randbits", lambda _: 2**64 - 1)
+
+    response = perform(exchange)
+
+    assert transcript(response) + "\n" == exchange.answer
+
+
+def test_every_route_has_an_exchange() -> None:
+    lines = {exchange.request.partition("\n")[0] for exchange in read_exchanges()}
+    documented = Client().app.openapi()["paths"]
+    native = {f"{method.upper()} {path}" for path, methods in documented.items() for method in methods}
+    wanted = {line for line in native if not line.split()[1].startswith("/v1/")}
+    placed = {line.replace("{model_name}", "m").replace("{model_version}", "1") for line in wanted}
+
+    assert placed - lines == {"GET /metrics"}
+
+
+def test_scripts_are_of_exchanges() -> None:
+    names = [exchange.name for exchange in read_exchanges()]
+
+    assert len(set(names)) == len(names)
+    assert {*SCRIPTS, *REFUSALS, *SETTINGS} <= set(names)
