@@ -30,7 +30,7 @@ CLIENTS := $(patsubst tests/clients/pins/%.txt,build/clients/%/installed,$(wildc
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup everything model serve test test-all test-clients check lint types arch format proto readme bench clean distclean
+.PHONY: help setup everything model kernels serve test test-all test-clients check lint types arch format proto readme bench clean distclean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -102,7 +102,7 @@ build/clients/node/installed: tests/clients/pins/node/package.json tests/clients
 	@touch $@
 
 # The parts of `setup`, run under its lock.
-everything: $(VENV)/installed proto/shard_pb2.py model
+everything: $(VENV)/installed proto/shard_pb2.py kernels model
 
 $(VENV)/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -119,6 +119,10 @@ $(VENV)/installed: pyproject.toml
 
 proto/shard_pb2.py: proto/shard.proto $(VENV)/installed
 	@$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. $<
+
+# Always asked, because the cache is not ours alone: 50 ms when the library is there, some seconds when it is not.
+kernels: $(VENV)/installed
+	@$(BIN)/python -m shard.kernels.build > /dev/null
 
 # Always asked, because the cache is not ours alone: 30 ms when the model is there.
 model: $(VENV)/installed

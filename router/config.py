@@ -42,6 +42,13 @@ def _option(default: T, help_: str, group: str, *, env: str = "", secret: bool =
     return value
 
 
+QUANTIZE: Final = (
+    *("none", "int8", "awq", "bitsandbytes", "bitsandbytes-fp4", "bitsandbytes-nf4", "compressed-tensors", "eetq"),
+    *("exl2", "fp8", "gptq", "marlin"),
+)
+"""All values of TGI's flag, and ours in front: a launch script must not fail on a value that is not needed here."""
+
+
 @dataclass(frozen=True, slots=True)
 class Config:
     """The router's settings. None stands for "worked out at start"."""
@@ -57,6 +64,14 @@ class Config:
         "Model",
         env="DTYPE",
         choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    quantize: str = _option(
+        "none",
+        "int8: weights and what they multiply as 8-bit integers, on a CPU with the native operations; "
+        "other values are TGI's and leave the weights as they are stored",
+        "Model",
+        env="QUANTIZE",
+        choices=QUANTIZE,
     )
     huggingface_hub_cache: str | None = _option(
         None, "where hub downloads are kept", "Model", env="HUGGINGFACE_HUB_CACHE"
@@ -125,6 +140,7 @@ class Config:
         at_least=2,
     )
     max_best_of: int = _option(2, "largest `best_of`", "Request limits", env="MAX_BEST_OF", at_least=1)
+    max_num_beams: int = _option(8, "largest `num_beams`", "Request limits", at_least=1)
     max_stop_sequences: int = _option(
         4, "most stop strings of a request", "Request limits", env="MAX_STOP_SEQUENCES", at_least=0
     )
@@ -153,8 +169,32 @@ class Config:
         True, "on `/`, answer with the prompt in front when the request does not say", "Request limits"
     )
 
+    tool_call_parser: str = _option(
+        "auto",
+        "how the model writes tool calls; auto: as its chat template shows them",
+        "Chat",
+        choices=("auto", "hermes", "llama", "mistral"),
+    )
+    reasoning_parser: str = _option(
+        "none",
+        "think: text in <think> tags is answered as reasoning_content",
+        "Chat",
+        choices=("none", "think"),
+    )
+    trust_request_chat_template: bool = _option(
+        False, "run chat templates that requests bring along; for trusted clients only", "Chat"
+    )
+
     hostname: str = _option("0.0.0.0", "address to listen on", "HTTP")
-    port: int = _option(3000, "port to listen on", "HTTP", flags=("-p",), env="PORT", at_least=0, at_most=65_535)
+    port: int = _option(
+        3000, "port to listen on", "HTTP", flags=("-p",), env="AIP_HTTP_PORT PORT", at_least=0, at_most=65_535
+    )
+    aip_predict_route: str | None = _option(
+        None, "a further path for /vertex, as Vertex AI chooses it", "HTTP", env="AIP_PREDICT_ROUTE"
+    )
+    aip_health_route: str | None = _option(
+        None, "a further path for /health, as Vertex AI chooses it", "HTTP", env="AIP_HEALTH_ROUTE"
+    )
     api_key: str | None = _option(None, "key that clients must show", "HTTP", env="API_KEY", secret=True)
     protect_info: bool = _option(False, "ask for the key on /info and /metrics too", "HTTP")
     cors_allow_origin: tuple[str, ...] = _option(
@@ -197,7 +237,6 @@ _TUNNEL: Final = "tunnels are not supported"
 _NO_ROPE: Final = "the model's own positions are used"
 
 IGNORED: Final = (
-    Ignored("--quantize", "weights are used as they are stored"),
     Ignored("--speculate", "nothing is speculated"),
     Ignored("--kv-cache-dtype", "KV memory has the model's dtype"),
     Ignored("--trust-remote-code", "code from model repositories is never run", takes_value=False),
@@ -243,7 +282,7 @@ def load_config(arguments: Sequence[str], environ: Mapping[str, str]) -> Loaded:
         _check_together(config)
     except ValueError as error:
         parser.error(str(error))
-    return Loaded(config, tuple(_notices(given, environ)))
+    return Loaded(config, (*_quantize_notice(config), *_notices(given, environ)))
 
 
 def config_table() -> str:
@@ -374,7 +413,7 @@ def _from_environment(spec: Field[Any], environ: Mapping[str, str]) -> _Given | 
     if _is_set(spec, prefixed, environ):
         return _Given(prefixed, environ[prefixed])
     names = [name for name in bare if _is_set(spec, name, environ)]
-    if len(names) > 1:
+    if len(names) > 1 and spec.name != "port":  # an image may set PORT; Vertex AI knows where it will ask
         raise ValueError(f"{' and '.join(names)} mean the same: set one of them")
     return _Given(names[0], environ[names[0]]) if names else None
 
@@ -428,12 +467,20 @@ def _check_together(config: Config) -> None:
         raise ValueError(f"`max_input_tokens` must be < `max_total_tokens`. Given: {max_input} and {max_total}")
     if max_total and max_batch and max_total > max_batch:
         raise ValueError(f"`max_total_tokens` must be <= `max_batch_total_tokens`. Given: {max_total} and {max_batch}")
+    for path in (config.aip_predict_route, config.aip_health_route):
+        if path is not None and (not path.startswith("/") or "{" in path):
+            raise ValueError(f"{path!r} is not the path of a route")
     if config.sharded is not None and config.num_shard and config.sharded != (config.num_shard > 1):
         raise ValueError(f"`sharded` is {str(config.sharded).lower()} but `num_shard` is {config.num_shard}")
     if config.sharded and not (config.num_shard or config.shard_addresses):
         raise ValueError("`sharded` is true: say how many ranks with `num_shard`")
     if config.num_shard and config.shard_addresses and config.num_shard != len(config.shard_addresses):
         raise ValueError(f"`num_shard` is {config.num_shard} but there are {len(config.shard_addresses)} addresses")
+
+
+def _quantize_notice(config: Config) -> Iterator[str]:
+    if config.quantize not in ("none", "int8"):
+        yield f"--quantize {config.quantize} has no effect: weights are used as they are stored"
 
 
 def _notices(given: Mapping[str, _Given | None], environ: Mapping[str, str]) -> Iterator[str]:

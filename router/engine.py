@@ -15,18 +15,31 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, Protocol
 
+from router.beams import BeamGeneration
 from router.core.plan import StepPlan, Timings, TopTokens
-from router.core.request import FinishReason, Request, Sequence
+from router.core.request import BeamSettings, FinishReason, Request, Sequence
 from router.core.scheduler import Counters, Emission, Limits, Scheduler
 from router.errors import GenerationFailed, GroupLost, NotReady, RouterError
+from router.generation import Finish, Generation, Token, TokenEvent
 from router.group.client import GroupClient, GroupInfo
 from router.metrics import Gauges, Metrics
 from router.text.output import OutputText
 from router.text.tokenizer import Tokenizer
+
+__all__ = [
+    "SHUTTING_DOWN",
+    "Elsewhere",
+    "Engine",
+    "EngineSettings",
+    "Finish",
+    "Generation",
+    "Supervisor",
+    "Token",
+    "TokenEvent",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -34,106 +47,6 @@ SHUTTING_DOWN: Final = "the server is shutting down"
 MIN_DEADLINE_S: Final = 5.0
 MIN_PAUSE_S: Final = 0.1
 MAX_PAUSE_S: Final = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class Token:
-    """A token as a client sees it. `logprob` is the natural log-softmax of the model's raw logits."""
-
-    id: int
-    text: str
-    logprob: float
-    special: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Finish:
-    """How a sequence ended. `text` is all of it: special tokens left out, nothing behind a stop string."""
-
-    reason: FinishReason
-    text: str
-    num_generated: int
-
-
-@dataclass(frozen=True, slots=True)
-class TokenEvent:
-    """One token on its way to HTTP, numbered from 1; the last one carries `finish`.
-
-    `prompt_logprobs` comes with the first event of a request that asked for it: one entry per prompt token, None for
-    the first. `prompt_tops`, the likeliest tokens in their places, has as many entries, or none if they were not asked
-    for; the first is empty.
-    """
-
-    index: int
-    token: Token
-    top_tokens: tuple[Token, ...] = ()
-    finish: Finish | None = None
-    prompt_logprobs: tuple[float | None, ...] | None = None
-    prompt_tops: tuple[tuple[Token, ...], ...] = ()
-
-
-class Generation:
-    """One sequence as its consumer sees it: iterate over it once, and cancel it in a `finally`."""
-
-    def __init__(self, request: Request, on_cancel: Callable[[Generation], None]) -> None:
-        self.request = request
-        self._on_cancel = on_cancel
-        self._events: deque[TokenEvent] = deque()
-        self._error: RouterError | None = None
-        self._changed = asyncio.Event()
-        self._submitted_at = time.monotonic()
-        self._planned_at: float | None = None
-        self._ended_at: float | None = None
-
-    async def __aiter__(self) -> AsyncIterator[TokenEvent]:
-        """Every event once, to the one that carries `finish`. Raises the `RouterError` the sequence failed with."""
-        while True:
-            while self._events:
-                event = self._events.popleft()
-                yield event
-                if event.finish is not None:
-                    return
-            if self._error is not None:
-                raise self._error
-            self._changed.clear()
-            await self._changed.wait()
-
-    def cancel(self) -> None:
-        """Ends the sequence if it still runs; harmless otherwise."""
-        if self._ended_at is None:
-            self._on_cancel(self)
-
-    @property
-    def queue_s(self) -> float:
-        """Seconds from submit to the first plan with a row of it, or to now."""
-        return (self._planned_at or self._now()) - self._submitted_at
-
-    @property
-    def inference_s(self) -> float:
-        """Seconds from that plan to the end, or to now; 0 before it."""
-        return 0.0 if self._planned_at is None else self._now() - self._planned_at
-
-    def _now(self) -> float:
-        return time.monotonic() if self._ended_at is None else self._ended_at
-
-    def note_planned(self) -> None:
-        if self._planned_at is None:
-            self._planned_at = time.monotonic()
-
-    def publish(self, event: TokenEvent) -> None:
-        if event.finish is not None:
-            self._ended_at = time.monotonic()
-        self._events.append(event)
-        self._changed.set()
-
-    def fail(self, error: RouterError) -> None:
-        self._ended_at = time.monotonic()
-        self._error = error
-        self._changed.set()
-
-    def drop(self) -> None:
-        """Nobody listens any more."""
-        self._ended_at = time.monotonic()
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +81,8 @@ class _Run:
     prompt_logprobs: list[float | None] = field(default_factory=lambda: [None])
     prompt_tops: list[tuple[Token, ...]] = field(default_factory=lambda: [()])
     num_events: int = 0
+    is_part: bool = False
+    """Works for a beam search, which is what the client asked for and what is counted."""
 
 
 class Supervisor(Protocol):
@@ -214,12 +129,14 @@ class Engine:
         )
         self._runs: dict[Sequence, _Run] = {}
         self._sequences: dict[Generation, Sequence] = {}
+        self._num_searches = 0
         self._work = asyncio.Event()
         self._empty = asyncio.Event()
         self._empty.set()
         self._sent: deque[_Sent] = deque()
         self._pace = _Pace()
         self._refusal: str | None = None
+        self._is_over = False
         self._serving = True
 
     @property
@@ -254,17 +171,37 @@ class Engine:
         """Queues a request. Raises `NotReady` at once, never later for the same cause."""
         if self._refusal is not None:
             raise NotReady(self._refusal)
-        sequence = self._scheduler.add(request)
-        generation = Generation(request, self._cancel)
-        text = OutputText(self._tokenizer, request.prompt, request.stop, request.keep_stop)
-        self._runs[sequence] = _Run(generation, text)
-        self._sequences[generation] = sequence
+        generation = self._queue(request) if request.beams is None else self._search(request, request.beams)
         self._empty.clear()
         self._metrics.count("tgi_request_count")
         self._metrics.observe("tgi_request_input_length", len(request.prompt))
         self._metrics.observe("tgi_request_max_new_tokens", request.max_new_tokens)
+        return generation
+
+    def _queue(self, request: Request, *, is_part: bool = False) -> Generation:
+        sequence = self._scheduler.add(request)
+        generation = Generation(request, self._cancel)
+        text = OutputText(self._tokenizer, request.prompt, request.stop, request.keep_stop)
+        self._runs[sequence] = _Run(generation, text, is_part=is_part)
+        self._sequences[generation] = sequence
         self.wake()
         return generation
+
+    def _search(self, request: Request, beams: BeamSettings) -> Generation:
+        generation = BeamGeneration(request, beams, self._queue_part, self._tokenizer, self._end_search)
+        self._num_searches += 1
+        return generation
+
+    def _queue_part(self, request: Request) -> Generation:
+        """What a search that runs already needs is queued in a shutdown too. Raises `NotReady` behind its end."""
+        if self._is_over:
+            raise NotReady(SHUTTING_DOWN)
+        return self._queue(request, is_part=True)
+
+    def _end_search(self, generation: Generation, outcome: Finish | RouterError | None) -> None:
+        self._num_searches -= 1
+        self._note_ended(generation, outcome)
+        self._note_idle()
 
     def _cancel(self, generation: Generation) -> None:
         sequence = self._sequences.get(generation)
@@ -272,15 +209,19 @@ class Engine:
             return
         self._scheduler.cancel(sequence)
         generation.drop()
-        self._forget(sequence)
-        self._metrics.count("shardstream_cancelled_count")
-        self._metrics.count("tgi_request_failure", label="dropped")
+        self._forget(sequence, None)
         self.wake()
 
-    def _forget(self, sequence: Sequence) -> None:
+    def _forget(self, sequence: Sequence, outcome: Finish | RouterError | None) -> None:
+        """Its end is counted; None: its client left."""
         run = self._runs.pop(sequence)
         del self._sequences[run.generation]
-        if not self._runs:
+        if not run.is_part:
+            self._note_ended(run.generation, outcome)
+        self._note_idle()
+
+    def _note_idle(self) -> None:
+        if not self._runs and not self._num_searches:
             self._empty.set()
 
     async def run(self) -> None:
@@ -444,8 +385,7 @@ class Engine:
         )
         self._metrics.count("shardstream_generated_tokens_count")
         if finish is not None:
-            self._note_finished(run.generation, finish)
-            self._forget(sequence)
+            self._forget(sequence, finish)
 
     def _top_tokens(self, top_tokens: TopTokens) -> tuple[Token, ...]:
         tokenizer = self._tokenizer
@@ -453,26 +393,32 @@ class Engine:
             Token(id_, tokenizer.token_text(id_), logprob, tokenizer.is_special(id_)) for id_, logprob in top_tokens
         )
 
-    def _note_finished(self, generation: Generation, finish: Finish) -> None:
-        observe = self._metrics.observe
-        self._metrics.count("tgi_request_success")
-        observe("tgi_request_duration", generation.queue_s + generation.inference_s)
-        observe("tgi_request_queue_duration", generation.queue_s)
-        observe("tgi_request_inference_duration", generation.inference_s)
-        observe("tgi_request_mean_time_per_token_duration", generation.inference_s / finish.num_generated)
-        observe("tgi_request_generated_tokens", finish.num_generated)
+    def _note_ended(self, generation: Generation, outcome: Finish | RouterError | None) -> None:
+        count, observe = self._metrics.count, self._metrics.observe
+        if outcome is None:
+            count("shardstream_cancelled_count")
+            count("tgi_request_failure", label="dropped")
+        elif isinstance(outcome, RouterError):
+            count("tgi_request_failure", label=outcome.error_type or "internal")
+        else:
+            count("tgi_request_success")
+            observe("tgi_request_duration", generation.queue_s + generation.inference_s)
+            observe("tgi_request_queue_duration", generation.queue_s)
+            observe("tgi_request_inference_duration", generation.inference_s)
+            observe("tgi_request_mean_time_per_token_duration", generation.inference_s / outcome.num_generated)
+            observe("tgi_request_generated_tokens", outcome.num_generated)
 
     def _fail(self, sequence: Sequence, error: RouterError) -> None:
         self._runs[sequence].generation.fail(error)
-        self._metrics.count("tgi_request_failure", label=error.error_type or "internal")
-        self._forget(sequence)
+        self._forget(sequence, error)
 
     def refuse(self, cause: str) -> None:
         """From now on every submit raises `NotReady`."""
         self._refusal = cause
 
     def fail_all(self, cause: str) -> None:
-        """Ends every sequence with `NotReady`."""
+        """Ends every sequence with `NotReady`, for good."""
+        self._is_over = True
         for sequence in list(self._runs):
             self._scheduler.cancel(sequence)
             self._fail(sequence, NotReady(cause))

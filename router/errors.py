@@ -2,6 +2,8 @@
 
 RouterError
 ├── ValidationError        422  the request can never be served as it stands
+├── TemplateError          422  the conversation cannot be written as this model's prompt
+├── UnknownModel           404  no such model is served
 ├── BadBody           400, 422  the body is not JSON, or not the JSON its route takes
 ├── UnsupportedMedia       415  the body is declared to be something else than plain JSON
 ├── BodyTooLarge           413  the body is above the payload limit
@@ -9,7 +11,10 @@ RouterError
 ├── Overloaded             429  not now
 ├── NotReady               503  the group is loading or restarting, or we are shutting down
 ├── GenerationFailed       424  this request failed on the shards
-└── IncompleteGeneration   500  a stream ended without a finish reason
+├── IncompleteGeneration   500  the tokens ended without a finish reason
+│   └── IncompleteStream        the same behind the first event
+├── BadBatch               422  a call of several prompts that cannot be taken apart
+└── IncompleteBatch        500  a call of several prompts failed in one of them
 GroupLost                       the engine's own: a group's epoch is over and its sequences are replayed
 StartupError                    the process cannot start; one line says why
 """
@@ -32,6 +37,24 @@ class ValidationError(RouterError):
 
     def __init__(self, rule: str) -> None:
         super().__init__(f"Input validation error: {rule}")
+
+
+class TemplateError(RouterError):
+    """The chat template is missing, refuses the conversation, or runs too long."""
+
+    status = 422
+    error_type = "template_error"
+
+    def __init__(self, cause: str) -> None:
+        super().__init__(f"Template error: {cause}")
+
+
+class UnknownModel(RouterError):
+    status = 404
+    error_type = None
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"Model {name} does not exist")
 
 
 class BadBody(RouterError):
@@ -93,6 +116,33 @@ class GenerationFailed(RouterError):
 class IncompleteGeneration(RouterError):
     status = 500
     error_type = "incomplete_generation"
+
+    def __init__(self) -> None:
+        super().__init__("Incomplete generation")
+
+
+class IncompleteStream(IncompleteGeneration):
+    error_type = "incomplete_generation_stream"
+
+    def __init__(self) -> None:
+        RouterError.__init__(self, "Incomplete generation stream")
+
+
+class BadBatch(RouterError):
+    """What /vertex and KServe's protocol say of a malformed call; each mistake has its own `error_type`."""
+
+    status = 422
+
+    def __init__(self, problem: str, error_type: str) -> None:
+        super().__init__(problem)
+        self.error_type = error_type
+
+
+class IncompleteBatch(RouterError):
+    """/vertex and KServe's protocol do not say which prompt failed or why."""
+
+    status = 500
+    error_type = "Incomplete generation"
 
     def __init__(self) -> None:
         super().__init__("Incomplete generation")

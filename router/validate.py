@@ -10,11 +10,12 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Final, TypeVar
+from typing import Final, Literal, TypeVar
 
 from router.config import Config
-from router.core.request import Request, Sampling
+from router.core.request import BeamSettings, Request, Sampling
 from router.errors import StartupError, ValidationError
+from router.text.grammar import Grammar, GrammarKind, InvalidGrammar, UnsupportedGrammar, read_schema
 from router.text.tokenizer import Tokenizer
 
 MAX_STOP_CHARS: Final = 1_000
@@ -22,6 +23,8 @@ MAX_LOGIT_BIASES: Final = 1_024
 MAX_BAD_WORDS: Final = 128
 MAX_BAD_WORD_CHARS: Final = 1_000
 MAX_NGRAM: Final = 1_000
+MAX_LENGTH_PENALTY: Final = 10.0
+"""Lengths to a higher power would leave the range of floats."""
 
 T = TypeVar("T")
 
@@ -50,12 +53,33 @@ class Parameters:
     decoder_input_details: bool = False
     seed: int | None = None
     top_n_tokens: int | None = None
-    has_grammar: bool = False
+    grammar: Grammar | None = None
     adapter_id: str | None = None
     logit_bias: Mapping[str, float] = field(default_factory=dict)
     no_repeat_ngram_size: int | None = None
     bad_words: tuple[str | int | tuple[int, ...], ...] = ()
     num_beams: int | None = None
+    length_penalty: float | None = None
+    early_stopping: bool | Literal["never"] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Manner:
+    """How a call is carried out where none of its parameters says so; the defaults are the native routes'."""
+
+    num_sequences: int = 1
+    """Sequences that are all answered, unlike those of `best_of`."""
+    add_special_tokens: bool = True
+    greedy: bool = False
+    """Whatever else is given, the likeliest token is taken."""
+    keep_stop: bool = True
+    ignore_eos: bool = False
+    scores_prompt: bool = False
+    num_prompt_top: int = 0
+    """Likeliest tokens wanted in the place of every scored prompt token."""
+
+
+NATIVE: Final = Manner()
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +99,7 @@ class Limits:
     """What one request may ask for."""
 
     max_best_of: int
+    max_num_beams: int
     max_stop_sequences: int
     max_top_n_tokens: int
     max_input_tokens: int
@@ -90,6 +115,7 @@ class Limits:
         max_total, max_input = _token_limits(config, capacity, tokenizer.model_max_length)
         return cls(
             max_best_of=config.max_best_of,
+            max_num_beams=config.max_num_beams,
             max_stop_sequences=config.max_stop_sequences,
             max_top_n_tokens=config.max_top_n_tokens,
             max_input_tokens=max_input,
@@ -120,7 +146,11 @@ def _token_limits(config: Config, capacity: Capacity, model_max_length: int | No
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """One client call, validated: a request per sequence, alike but for their seeds."""
+    """One client call, validated: a request per sequence, alike but for their seeds.
+
+    `decoder_input_details` are asked of the first alone: log-probabilities of the prompt are the same for all, and
+    sequences that need them cannot share its blocks.
+    """
 
     requests: tuple[Request, ...]
     input_length: int
@@ -133,45 +163,59 @@ class Validator:
         self.limits = limits
         self._tokenizer = tokenizer
 
-    def num_sequences(self, parameters: Parameters, *, stream: bool) -> int:
-        """How many sequences the call makes. These rules come before there is a question of room."""
-        best_of = parameters.best_of
+    def num_sequences(self, parameters: Parameters, *, stream: bool, manner: Manner = NATIVE) -> int:
+        """How many sequences the call makes, beams among them. These rules come before there is a question of room."""
+        best_of, num_beams = parameters.best_of, _or(parameters.num_beams, 1)
         if stream:
             _require(best_of in (None, 1), "`best_of` != 1 is not supported when streaming tokens")
+            _require(num_beams <= 1, "`num_beams` > 1 is not supported when streaming tokens")
             _require(
                 not parameters.decoder_input_details,
                 "`decoder_input_details` == true is not supported when streaming tokens",
             )
+        max_beams = self.limits.max_num_beams
+        _require(num_beams <= max_beams, f"`num_beams` must be > 0 and <= {max_beams}. Given: {num_beams}")
+        if num_beams > 1:
+            _require(_or(best_of, 1) <= 1, _beams_exclude("best_of"))
+            return num_beams
         if best_of is None or best_of <= 1:
-            return 1
+            return manner.num_sequences
         limit = self.limits.max_best_of
         _require(limit > 1, "`best_of` != 1 is not allowed for this endpoint")
         _require(best_of <= limit, f"`best_of` must be > 0 and <= {limit}. Given: {best_of}")
         return best_of
 
-    async def validate(self, inputs: str, parameters: Parameters, request_id: str) -> Demand:
+    async def validate(
+        self, inputs: str | Sequence[int], parameters: Parameters, request_id: str, manner: Manner = NATIVE
+    ) -> Demand:
         """The requests, ready to be submitted. Raises `ValidationError` for the first rule that is broken."""
         self._check_native(parameters)
         self._check_further(parameters)
         _require(inputs != "", "`inputs` cannot be empty")
         self._check_truncate(parameters.truncate)
-        prompt = await self._tokenizer.encode_async(inputs)
+        if isinstance(inputs, str):
+            prompt = await self._tokenizer.encode_async(inputs, add_special_tokens=manner.add_special_tokens)
+        else:
+            prompt = list(inputs)
         _require(len(prompt) > 0, "`inputs` cannot be empty")
         self._check_token_ids(prompt)
         prompt = prompt[-(parameters.truncate or len(prompt)) :]
         max_new_tokens = self._max_new_tokens(len(prompt), parameters)
-        _require(not parameters.has_grammar, "grammar is not supported")
+        if parameters.grammar is not None:
+            _check_grammar(parameters.grammar)
         _require(not parameters.adapter_id, "`adapter_id` is not supported: no adapters are loaded")
         request = Request(
             request_id=request_id,
             prompt=tuple(prompt),
             max_new_tokens=max_new_tokens,
-            sampling=self._sampling(parameters),
-            eos_token_ids=self.limits.eos_token_ids,
+            sampling=self._sampling(parameters, manner),
+            eos_token_ids=() if manner.ignore_eos else self.limits.eos_token_ids,
             stop=parameters.stop,
-            prompt_logprobs=parameters.decoder_input_details,
+            keep_stop=manner.keep_stop,
+            prompt_logprobs=parameters.decoder_input_details or manner.scores_prompt,
+            beams=_beam_settings(parameters),
         )
-        return Demand(_with_seeds(request, parameters), len(prompt))
+        return Demand(_with_seeds(request, parameters, manner), len(prompt))
 
     def _check_token_ids(self, prompt: Sequence[int]) -> None:
         """A tokenizer may know more tokens than the model has embeddings for; fed one, a shard would fail."""
@@ -218,7 +262,12 @@ class Validator:
             f"`no_repeat_ngram_size` must be <= {MAX_NGRAM}. Given: {p.no_repeat_ngram_size}",
         )
         _require(_or(p.num_beams, 1) > 0, "`num_beams` must be strictly positive")
-        _require(_or(p.num_beams, 1) == 1, f"`num_beams` > 1 is not supported. Given: {p.num_beams}")
+        _require(
+            abs(_or(p.length_penalty, 1.0)) <= MAX_LENGTH_PENALTY,
+            f"`length_penalty` must be >= -{MAX_LENGTH_PENALTY} and <= {MAX_LENGTH_PENALTY}",
+        )
+        if _or(p.num_beams, 1) > 1:
+            _check_beams(p)
         self._check_logit_bias(p.logit_bias)
         self._check_bad_words(p.bad_words)
 
@@ -268,11 +317,11 @@ class Validator:
         _require(num_min <= num_new, f"`min_new_tokens` must be <= {num_new}. Given: {num_min}")
         return num_new
 
-    def _sampling(self, parameters: Parameters) -> Sampling:
+    def _sampling(self, parameters: Parameters, manner: Manner) -> Sampling:
         """All but the seed."""
         p = parameters
         return Sampling(
-            do_sample=_switches_sampling_on(p),
+            do_sample=_switches_sampling_on(p) and not manner.greedy,
             temperature=_or(p.temperature, 1.0),
             top_k=_or(p.top_k, 0),
             top_p=_or(p.top_p, 1.0),
@@ -285,6 +334,7 @@ class Validator:
             watermark_gamma=self.limits.watermark_gamma if p.watermark else 0.0,
             watermark_delta=self.limits.watermark_delta if p.watermark else 0.0,
             top_n_tokens=_or(p.top_n_tokens, 0),
+            prompt_top_n_tokens=manner.num_prompt_top,
             no_repeat_ngram_size=_or(p.no_repeat_ngram_size, 0),
             min_new_tokens=_or(p.min_new_tokens, 0),
             bad_words=self._bad_word_runs(p.bad_words),
@@ -300,6 +350,46 @@ class Validator:
             else:
                 runs[(word,) if isinstance(word, int) else word] = None
         return tuple(run for run in runs if run)
+
+
+def _check_beams(p: Parameters) -> None:
+    """A search compares the model's own log-probabilities, so nothing may change or choose among them."""
+    _require(not _switches_sampling_on(p), "you must not use sampling when `num_beams` is > 1")
+    for name, is_asked in (
+        ("stop", bool(p.stop)),
+        ("repetition_penalty", _or(p.repetition_penalty, 1.0) != 1.0),
+        ("frequency_penalty", _or(p.frequency_penalty, 0.0) != 0.0),
+        ("presence_penalty", _or(p.presence_penalty, 0.0) != 0.0),
+        ("min_p", _or(p.min_p, 0.0) != 0.0),
+        ("logit_bias", bool(p.logit_bias)),
+        ("bad_words", bool(p.bad_words)),
+        ("no_repeat_ngram_size", _or(p.no_repeat_ngram_size, 0) != 0),
+        ("min_new_tokens", _or(p.min_new_tokens, 0) != 0),
+        ("watermark", p.watermark),
+        ("grammar", p.grammar is not None),
+    ):
+        _require(not is_asked, _beams_exclude(name))
+
+
+def _beams_exclude(name: str) -> str:
+    return f"`{name}` is not supported when `num_beams` is > 1"
+
+
+def _beam_settings(p: Parameters) -> BeamSettings | None:
+    if p.num_beams is None or p.num_beams == 1:
+        return None
+    return BeamSettings(p.num_beams, _or(p.length_penalty, 1.0), _or(p.early_stopping, False))
+
+
+def _check_grammar(grammar: Grammar) -> None:
+    try:
+        if grammar.kind is GrammarKind.JSON:
+            read_schema(grammar)
+    except InvalidGrammar as error:
+        raise ValidationError(f"grammar is not valid: {error}") from error
+    except UnsupportedGrammar as error:
+        raise ValidationError("grammar is not supported") from error
+    raise ValidationError("grammar is not supported")
 
 
 def _require(holds: bool, rule: str) -> None:
@@ -327,8 +417,10 @@ def _switches_sampling_on(p: Parameters) -> bool:
     )
 
 
-def _with_seeds(request: Request, parameters: Parameters) -> tuple[Request, ...]:
-    """One request per sequence. Seeds that were not given are drawn here, so that a replay draws the same tokens."""
-    num = max(parameters.best_of or 1, 1)
-    seeds = [secrets.randbits(64) if parameters.seed is None else parameters.seed for _ in range(num)]
-    return tuple(replace(request, sampling=replace(request.sampling, seed=seed)) for seed in seeds)
+def _with_seeds(request: Request, parameters: Parameters, manner: Manner) -> tuple[Request, ...]:
+    """One request per sequence. Seeds that were not given are drawn here, so that a replay draws the same tokens; of
+    several sequences with a given seed, each has the next one, or they would be equal."""
+    num, seed = max(parameters.best_of or 1, manner.num_sequences), parameters.seed
+    seeds = [secrets.randbits(64) if seed is None else (seed + index) % 2**64 for index in range(num)]
+    seeded = [replace(request, sampling=replace(request.sampling, seed=seed)) for seed in seeds]
+    return (seeded[0], *(replace(other, prompt_logprobs=False) for other in seeded[1:]))

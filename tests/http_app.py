@@ -16,6 +16,7 @@ from router.core.request import FinishReason, Request
 from router.engine import Finish, Generation, Token, TokenEvent
 from router.errors import RouterError
 from router.metrics import Gauges, Metrics
+from router.text.chat import ChatTemplate
 from router.validate import Capacity, Limits, Validator
 from tests.tiny_tokenizers import byte_level, tokenizer_of
 
@@ -40,9 +41,10 @@ class Script:
         for index, token in enumerate(self.tokens, 1):
             scored = (None, *(-1.0 for _ in request.prompt[1:])) if request.prompt_logprobs and index == 1 else None
             last = index == len(self.tokens) and self.error is None and not self.hangs
-            generation.publish(
-                TokenEvent(index, token, self.top_tokens, self._finish() if last else None, prompt_logprobs=scored)
-            )
+            num_top = request.sampling.prompt_top_n_tokens if scored else 0
+            tops = tuple((Token(33, "B", -0.5, False),) * min(i, num_top) for i in range(len(request.prompt)))
+            finish = self._finish() if last else None
+            generation.publish(TokenEvent(index, token, self.top_tokens, finish, scored, tops if num_top else ()))
         if self.error is not None:
             generation.fail(self.error)
 
@@ -78,20 +80,32 @@ class FakeEngine:
 CONFIG = Config(max_total_tokens=64, max_input_tokens=40)
 
 
-def build(engine: FakeEngine, config: Config = CONFIG) -> FastAPI:
+MODEL_SHA = "5a2e1c0ffee"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def build(engine: FakeEngine, config: Config = CONFIG, *, template_source: str = CHAT_TEMPLATE) -> FastAPI:
     tokenizer = tokenizer_of(byte_level())
     capacity = Capacity(vocab_size=tokenizer.vocab_size, eos_token_ids=(2,), kv_tokens=8192, max_positions=4096)
     limits = Limits.derive(config, capacity, tokenizer)
     metrics = Metrics(max_input_tokens=limits.max_input_tokens, max_total_tokens=limits.max_total_tokens)
-    return create_app(config, engine, Validator(limits, tokenizer), tokenizer, metrics)
+    template = ChatTemplate({"default": template_source}, {})
+    validator = Validator(limits, tokenizer)
+    return create_app(config, engine, validator, tokenizer, metrics, template=template, model_sha=MODEL_SHA)
 
 
 class Client:
     """Calls the application in this process, without a socket."""
 
-    def __init__(self, engine: FakeEngine | None = None, **settings: object) -> None:
+    def __init__(
+        self, engine: FakeEngine | None = None, *, template_source: str = CHAT_TEMPLATE, **settings: object
+    ) -> None:
         self.engine = engine or FakeEngine()
-        self.app = build(self.engine, replace(CONFIG, **settings))  # type: ignore[arg-type]
+        config = replace(CONFIG, **settings)  # type: ignore[arg-type]
+        self.app = build(self.engine, config, template_source=template_source)
 
     def call(self, method: str, path: str, **kwargs: object) -> httpx.Response:
         async def call() -> httpx.Response:

@@ -19,7 +19,7 @@ from router.api import render, schemas
 from router.core.request import FinishReason
 from router.engine import Token
 from router.errors import GenerationFailed, NotReady, Overloaded
-from tests.http_app import PARIS, Client, FakeEngine, Json, Script, build, events
+from tests.http_app import MODEL_SHA, PARIS, Client, FakeEngine, Json, Script, build, events
 
 PROMPT = "The capital of France is"
 GREEDY: Json = {"inputs": PROMPT, "parameters": {"details": True}}
@@ -396,7 +396,10 @@ def test_sequences_are_cancelled_when_another_one_of_the_call_fails() -> None:
 # Keys, origins, ids
 
 
-PROTECTED = ["/", "/generate", "/generate_stream", "/tokenize", "/invocations"]
+PROTECTED = [
+    *("/", "/generate", "/generate_stream", "/tokenize", "/invocations", "/vertex"),
+    "/v2/models/m/versions/1/infer",
+]
 
 
 @pytest.mark.parametrize("path", PROTECTED)
@@ -427,7 +430,9 @@ def test_key_is_asked_for_before_the_body_is_looked_at() -> None:
     assert Client(api_key="sesame").post_raw("/generate", b"{").status_code == 401
 
 
-@pytest.mark.parametrize("path", ["/", "/health", "/ping", "/livez", "/readyz", "/info", "/metrics"])
+@pytest.mark.parametrize(
+    "path", ["/", "/health", "/ping", "/livez", "/readyz", "/info", "/metrics", "/v2", "/v2/health/ready"]
+)
 def test_probes_need_no_key(path: str) -> None:
     assert Client(api_key="sesame").get(path).status_code == 200
 
@@ -491,7 +496,7 @@ def test_process_lives_while_the_group_does_not() -> None:
 def test_info() -> None:
     info = Client(served_model_name="org/m").get("/info").json()
 
-    assert info["model_id"] == "org/m"
+    assert (info["model_id"], info["model_sha"]) == ("org/m", MODEL_SHA)
     assert (info["max_input_tokens"], info["max_total_tokens"]) == (40, 64)
     assert (info["max_best_of"], info["max_stop_sequences"], info["max_client_batch_size"]) == (2, 4, 4)
     assert info["router"] == "text-generation-router"
@@ -525,9 +530,54 @@ def test_success_is_logged_once_without_the_prompt(caplog: pytest.LogCaptureFixt
     assert "Paris" not in caplog.text
 
 
+KSERVE_MODEL = "/v2/models/{model_name}/versions/{model_version}"
+
+
+def test_a_clients_trace_is_in_the_log_and_in_the_answer(caplog: pytest.LogCaptureFixture) -> None:
+    trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    client = Client()
+
+    with caplog.at_level(logging.INFO, logger="router"):
+        traced = [
+            client.post(path, GREEDY, headers={"traceparent": trace}) for path in ("/generate", "/generate_stream")
+        ]
+        untraced = client.post("/generate", GREEDY, headers={"traceparent": trace.replace("-b", "-B")})
+
+    trace_ids = [record.getMessage().split()[2] for record in caplog.records]
+    assert trace_ids == ["trace_id=0af7651916cd43dd8448eb211c80319c"] * 2 + ["trace_id=None"]
+    assert [response.headers["traceparent"] for response in traced] == [trace] * 2
+    assert "traceparent" not in untraced.headers
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/info", "/metrics", "/openapi.json", "/v2"])
+def test_head_is_get_without_a_body(path: str) -> None:
+    client = Client()
+
+    head, get = client.call("HEAD", path), client.get(path)
+
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-length"] == get.headers["content-length"]
+    assert client.call("HEAD", "/generate").headers["allow"] == "POST"
+
+
+def test_line_ends_that_only_python_knows_do_not_end_an_event() -> None:
+    text = "a\x85b\u2028c\u2029d"
+    engine = FakeEngine([Script((Token(1, text, -1.0, False),), reason=FinishReason.LENGTH)])
+
+    response = Client(engine).post("/generate_stream", GREEDY)
+
+    event, empty = response.text.splitlines()
+    assert json.loads(event.removeprefix("data: "))["generated_text"] == text
+    assert empty == ""
+
+
 DOCUMENTED = {
     *("/", "/generate", "/generate_stream", "/tokenize", "/invocations"),
     *("/health", "/ping", "/livez", "/readyz", "/info", "/metrics"),
+    *("/vertex", "/v2", "/v2/health/live", "/v2/health/ready", KSERVE_MODEL),
+    *(f"{KSERVE_MODEL}/ready", f"{KSERVE_MODEL}/infer"),
+    *("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/models", "/v1/models/{model_id}"),
+    *("/chat_tokenize", "/load_model"),
 }
 
 
@@ -538,7 +588,7 @@ def test_openapi_lists_every_route_with_examples(path: str) -> None:
     assert set(document["paths"]) == DOCUMENTED
     for methods in document["paths"].values():
         if "post" in methods:
-            assert methods["post"]["requestBody"]["content"]["application/json"]["example"]["inputs"]
+            assert methods["post"]["requestBody"]["content"]["application/json"]["example"]
     schemas_ = document["components"]["schemas"]
     assert "max_new_tokens" in schemas_["GenerateParameters"]["properties"]
     references = {part.split('"')[0] for part in json.dumps(document).split("#/components/schemas/")[1:]}

@@ -25,7 +25,7 @@ MODULES = {
     str(path.relative_to(ROOT)): ast.parse(path.read_text()) for p in PACKAGES for path in (ROOT / p).rglob("*.py")
 }
 
-COMMANDS = {"router/__main__.py", "shard/__main__.py", "shard/checkpoint.py"}
+COMMANDS = {"router/__main__.py", "shard/__main__.py", "shard/checkpoint.py", "shard/kernels/build.py"}
 """Where `print` speaks to a person at a terminal."""
 
 LAST_RESORTS = {

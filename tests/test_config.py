@@ -81,6 +81,12 @@ def test_service_links_of_kubernetes_are_no_port(name: str) -> None:
     assert config(**{name: "tcp://10.0.0.1:80"}).port == 3000
 
 
+def test_vertex_ai_names_its_port_and_paths() -> None:
+    chosen = config(AIP_HTTP_PORT="8085", PORT="80", AIP_PREDICT_ROUTE="/p:predict", AIP_HEALTH_ROUTE="/up")
+
+    assert (chosen.port, chosen.aip_predict_route, chosen.aip_health_route) == (8085, "/p:predict", "/up")
+
+
 def test_switches_take_no_value_or_a_truth_value() -> None:
     assert config("--json-output").json_output
     assert not config("--json-output", "false", JSON_OUTPUT="true").json_output
@@ -118,6 +124,8 @@ def test_lists_may_be_repeated() -> None:
         (["--sharded", "true", "--num-shard", "1"], "`sharded` is true but `num_shard` is 1"),
         (["--sharded", "false", "--num-shard", "2"], "`sharded` is false but `num_shard` is 2"),
         (["--sharded", "true"], "`sharded` is true: say how many ranks with `num_shard`"),
+        (["--aip-predict-route", "predict"], "'predict' is not the path of a route"),
+        (["--aip-health-route", "/{x}"], "'/{x}' is not the path of a route"),
         (["--num-shard", "2", "--shard-addresses", "a"], "`num_shard` is 2 but there are 1 addresses"),
     ],
 )
@@ -159,9 +167,16 @@ def test_every_flag_without_effect_is_accepted_and_noticed() -> None:
 
 
 def test_variables_without_effect_are_noticed_unless_they_switch_off() -> None:
-    environ = {"QUANTIZE": "awq", "TRUST_REMOTE_CODE": "false", "USAGE_STATS": "off", "ENV": "production"}
+    environ = {"SPECULATE": "2", "TRUST_REMOTE_CODE": "false", "USAGE_STATS": "off", "ENV": "production"}
 
-    assert load_config([], environ).notices == ("QUANTIZE has no effect: weights are used as they are stored",)
+    assert load_config([], environ).notices == ("SPECULATE has no effect: nothing is speculated",)
+
+
+def test_ways_of_quantizing_that_are_not_ours_are_noticed() -> None:
+    notice = "--quantize awq has no effect: weights are used as they are stored"
+
+    assert load_config([], {"QUANTIZE": "awq"}).notices == (notice,)
+    assert load_config(["--quantize", "int8"], {}).notices == ()
 
 
 def test_key_is_not_shown() -> None:
@@ -189,7 +204,7 @@ def test_table_has_a_row_for_every_setting() -> None:
     rows = [f"| `--{field.name.replace('_', '-')}`" for field in fields(Config)]
     assert [row for row in rows if row not in table] == []
     assert len(table.splitlines()) > len(rows) + len(IGNORED)
-    assert "| `--port`, `-p` | `SHARDSTREAM_PORT`, `PORT` | `3000` | port to listen on |" in table
+    assert "| `--port`, `-p` | `SHARDSTREAM_PORT`, `AIP_HTTP_PORT`, `PORT` | `3000` | port to listen on |" in table
 
 
 def test_version_is_the_projects() -> None:

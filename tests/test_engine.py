@@ -17,7 +17,17 @@ from router.metrics import Metrics
 from router.text.output import OutputText, Piece
 from router.text.tokenizer import Tokenizer
 from tests.engines import collect, engine_over, greedy, sampled
-from tests.ghost import Fault, FaultKind, GhostGroup, GhostSettings, ghost_group, oracle, oracle_prompt_logprobs
+from tests.ghost import (
+    DEFAULT_VOCAB_SIZE,
+    Fault,
+    FaultKind,
+    GhostGroup,
+    GhostSettings,
+    ghost_group,
+    likeliest,
+    oracle,
+    oracle_prompt_logprobs,
+)
 from tests.tiny_tokenizers import byte_level, tokenizer_of
 
 
@@ -206,6 +216,38 @@ def test_a_stop_string_ends_the_sequence_and_its_text(tokenizer: Tokenizer) -> N
             assert (finish.reason, finish.text) == (FinishReason.STOP_SEQUENCE, text)
             assert "".join(event.token.text for event in events if not event.token.special) == text
             assert finish.num_generated == len(events) < 40
+
+    over_ghosts(tokenizer, act)
+
+
+def test_a_stop_string_in_the_last_token_allowed_counts_where_it_is_cut_off(tokenizer: Tokenizer) -> None:
+    async def act(group: GhostGroup, engine: Engine, metrics: Metrics) -> None:
+        events = await collect(engine.submit(greedy([9, 8, 7], 8)))
+        assert events[-1].finish is not None
+        text, last = events[-1].finish.text, events[-1].token.text
+        assert text.count(last) == 1
+
+        kept = await collect(engine.submit(greedy([9, 8, 7], 8, stop=(last,))))
+        cut = await collect(engine.submit(greedy([9, 8, 7], 8, stop=(last,), keep_stop=False)))
+
+        assert [e[-1].finish and e[-1].finish.reason for e in (kept, cut)] == [
+            FinishReason.LENGTH,
+            FinishReason.STOP_SEQUENCE,
+        ]
+
+    over_ghosts(tokenizer, act)
+
+
+def test_the_likeliest_tokens_in_a_prompts_places_come_with_its_logprobs(tokenizer: Tokenizer) -> None:
+    prompt = [*range(1, 41)]  # two chunks of 32
+    sampling = Sampling(prompt_top_n_tokens=2)
+
+    async def act(group: GhostGroup, engine: Engine, metrics: Metrics) -> None:
+        events = await collect(engine.submit(greedy(prompt, 2, prompt_logprobs=True, sampling=sampling)))
+
+        tops = [[(token.id, token.logprob) for token in tops] for tops in events[0].prompt_tops]
+        assert tops == [[], *(likeliest(prompt[:end], 2, DEFAULT_VOCAB_SIZE) for end in range(1, len(prompt)))]
+        assert events[1].prompt_tops == ()
 
     over_ghosts(tokenizer, act)
 

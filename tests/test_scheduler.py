@@ -9,6 +9,7 @@ import pytest
 from router.core.plan import RowOutput, SampledToken, StepOutput, StepPlan
 from router.core.request import FinishReason, Request, Sampling, Sequence, SequenceState
 from router.core.scheduler import POISON_FAULT, Emission, Limits, Scheduler
+from router.errors import GroupLost
 from router.group.codec import decode_output, encode_plan
 from tests.ghost import oracle
 from tests.house import ROOMY, VOCAB_SIZE, House, make_request
@@ -537,6 +538,29 @@ def test_every_sampling_parameter_reaches_the_shard() -> None:
     house.run()
 
     assert len(house.emissions) == 4
+
+
+@pytest.mark.parametrize(
+    "spoilt",
+    [
+        {"target_num_top": [1, 1, 1]},
+        {"target_num_top": [1, 1], "target_top_token_ids": [5, 6], "target_top_logprobs": [-1.0]},
+        {"target_num_top": [1]},
+    ],
+)
+def test_top_tokens_that_do_not_fit_the_targets_lose_the_group(spoilt: dict[str, list[int]]) -> None:
+    house = House()
+    house.add(make_request(range(1, 4), prompt_logprobs=True))
+    plan = house.scheduler.plan()
+    assert plan is not None
+    answer = house.ghost.run(encode_plan(plan))
+    assert decode_output(answer, plan, VOCAB_SIZE).rows[0].target_logprobs
+    for name, values in spoilt.items():
+        del getattr(answer, name)[:]
+        getattr(answer, name).extend(values)
+
+    with pytest.raises(GroupLost, match="top tokens"):
+        decode_output(answer, plan, VOCAB_SIZE)
 
 
 # Deaths

@@ -6,7 +6,8 @@ from dataclasses import fields, replace
 
 import anyio
 import pytest
-from tokenizers import normalizers
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import models, normalizers
 
 from router.api.schemas import GenerateParameters
 from router.config import Config
@@ -22,6 +23,15 @@ ONE_TOKEN = "a"
 LONG = "z" * 60
 """60 tokens: above the 40 of CONFIG, below its 64 in all."""
 TOO_LONG = "z" * 80
+NO_PROPERTIES = "grammar is not valid: Grammar must have a 'properties' field"
+
+
+def deep(num_levels: int) -> Json:
+    schema: Json = {}
+    for _ in range(num_levels):
+        schema = {"properties": {"x": schema}}
+    return schema
+
 
 # In the order in which they are checked.
 RULES: list[tuple[str, Json, str]] = [
@@ -81,6 +91,34 @@ RULES: list[tuple[str, Json, str]] = [
     (LONG, {"max_new_tokens": 4}, "`inputs` must have less than 40 tokens. Given: 60"),
     ("a", {"max_new_tokens": 3, "min_new_tokens": 4}, "`min_new_tokens` must be <= 3. Given: 4"),
     ("a", {"grammar": {"type": "regex", "value": "a+"}}, "grammar is not supported"),
+    ("a", {"grammar": {"type": "json", "value": 5}}, "grammar is not supported"),
+    ("a", {"grammar": {"type": "json", "value": {"properties": {}}}}, "grammar is not supported"),
+    ("a", {"grammar": {"type": "json", "value": '{"properties":{}}'}}, "grammar is not supported"),
+    (
+        "a",
+        {"grammar": {"type": "json_schema", "value": {"name": "n", "schema": {"properties": {}}, "strict": True}}},
+        "grammar is not supported",
+    ),
+    (
+        "a",
+        {"grammar": {"type": "json", "value": "{"}},
+        "grammar is not valid: unexpected end of data: line 1 column 2 (char 1)",
+    ),
+    (
+        "a",
+        {"grammar": {"type": "json_object", "value": {"properties": {"x": {"minLength": "1"}}}}},
+        'grammar is not valid: "1" is not of type "integer"',
+    ),
+    ("a", {"grammar": {"type": "json", "value": "[]"}}, 'grammar is not valid: [] is not of types "boolean", "object"'),
+    ("a", {"grammar": {"type": "json", "value": {}}}, NO_PROPERTIES),
+    ("a", {"grammar": {"type": "json", "value": "true"}}, NO_PROPERTIES),
+    ("a", {"grammar": {"type": "json_schema", "value": {"schema": {"type": "object"}}}}, NO_PROPERTIES),
+    (
+        "a",
+        {"grammar": {"type": "json", "value": {"properties": {}, "title": "x" * 65_536}}},
+        "grammar is not valid: it is longer than 65536 bytes",
+    ),
+    ("a", {"grammar": {"type": "json", "value": deep(300)}}, "grammar is not valid: Recursion limit reached"),
     ("a", {"adapter_id": "x"}, "`adapter_id` is not supported: no adapters are loaded"),
 ]
 STREAM_RULES: list[tuple[Json, str]] = [
@@ -163,6 +201,41 @@ def test_rules_of_the_parameters_come_before_those_of_the_inputs() -> None:
 
     words = [error.removeprefix("Input validation error: ").split()[0] for error in errors]
     assert words == ["`top_n_tokens`", "`inputs`", "`truncate`", "`inputs`"]
+
+
+def test_a_grammar_that_has_not_the_form_of_one_is_an_unfit_body() -> None:
+    errors = [
+        Client().post("/generate", {"inputs": "a", "parameters": {"grammar": grammar}}).json()["error"]
+        for grammar in (
+            {"type": "json"},
+            {"type": "ebnf", "value": "a"},
+            {"type": "regex", "value": {}},
+            {"type": "json_schema", "value": "{}"},
+            {"type": "json_schema", "value": {"name": "n"}},
+        )
+    ]
+
+    assert [error.partition("grammar")[2].rpartition(" at line")[0] for error in errors] == [
+        ": missing field `value`",
+        ".type: unknown variant, expected one of 'json', 'json_object', 'json_schema' or 'regex'",
+        ": invalid type: map, expected a string",
+        ': invalid type: string "{}", expected struct JsonSchemaConfig',
+        ": missing field `schema`",
+    ]
+
+
+def test_a_text_that_the_tokenizer_has_no_token_for_is_a_mistake_of_its_author() -> None:
+    fast = FastTokenizer(models.WordLevel({"a": 0}))
+    tokenizer = tokenizer_of(fast)
+    validator = Validator(Limits.derive(CONFIG, CAPACITY, tokenizer), tokenizer)
+
+    async def validate() -> None:
+        await validator.validate("b", Parameters(), "id")
+
+    with pytest.raises(ValidationError, match="^Input validation error: tokenizer error .*UNK"):
+        anyio.run(validate)
+    with pytest.raises(ValidationError, match="tokenizer error"):
+        tokenizer.tokenize("b")
 
 
 # What is accepted
@@ -311,8 +384,8 @@ def test_best_of_makes_requests_that_differ_in_nothing_but_their_seeds() -> None
 def test_body_and_parameters_know_the_same_names() -> None:
     body, known = set(GenerateParameters.model_fields), {field.name for field in fields(Parameters)}
 
-    assert known - body == {"has_grammar"}
-    assert body - known == {"grammar", "early_stopping", "length_penalty"}
+    assert known <= body
+    assert body - known == {"early_stopping", "length_penalty"}
 
 
 def test_inputs_without_tokens_count_as_empty() -> None:

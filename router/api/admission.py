@@ -10,18 +10,20 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Final, Protocol
 
+from router.api.middleware import TRACE_ID
 from router.config import Config
 from router.core.request import Request
 from router.engine import Finish, Generation
 from router.errors import Overloaded, ValidationError
 from router.metrics import Gauges, Metrics
+from router.text.chat import ChatTemplate
 from router.text.tokenizer import Tokenizer
-from router.validate import Demand, Parameters, Validator
+from router.validate import NATIVE, Demand, Manner, Parameters, Validator
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +55,9 @@ class Services:
     tokenizer: Tokenizer
     metrics: Metrics
     permits: Permits
+    template: ChatTemplate
+    model_sha: str | None = None
+    """The hub commit that the weights are from, None when they are from elsewhere."""
 
 
 class Permits:
@@ -84,10 +89,19 @@ class Permits:
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
-    """One client call whose sequences run."""
+class Wish:
+    """One prompt, as text or as token ids, and what is asked of it."""
 
-    inputs: str
+    inputs: str | Sequence[int]
+    parameters: Parameters
+    manner: Manner = NATIVE
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One prompt of a client call, whose sequences run."""
+
+    inputs: str | Sequence[int]
     demand: Demand
     generations: tuple[Generation, ...]
     begun_at: float
@@ -107,27 +121,44 @@ async def admitted(
     services: Services, request_id: str, inputs: str, parameters: Parameters, *, stream: bool
 ) -> AsyncIterator[Call]:
     """Validates and submits. Raises `ValidationError`, `Overloaded` or `NotReady`."""
+    async with admitted_together(services, request_id, [Wish(inputs, parameters)], stream=stream) as [call]:
+        yield call
+
+
+@asynccontextmanager
+async def admitted_together(
+    services: Services, request_id: str, wishes: Sequence[Wish], *, stream: bool
+) -> AsyncIterator[list[Call]]:
+    """The same for several prompts: nothing is submitted before all are valid. Raises as `admitted`."""
     begun_at = time.perf_counter()
+    validator = services.validator
     try:
-        num_sequences = services.validator.num_sequences(parameters, stream=stream)
-        with services.permits.take(num_sequences):
-            demand = await services.validator.validate(inputs, parameters, request_id)
+        num = sum(validator.num_sequences(w.parameters, stream=stream, manner=w.manner) for w in wishes)
+        with services.permits.take(num):
+            demands = [await validator.validate(w.inputs, w.parameters, request_id, w.manner) for w in wishes]
             validated_at = time.perf_counter()
             services.metrics.observe("tgi_request_validation_duration", validated_at - begun_at)
-            with _submitted(services.engine, demand) as generations:
-                yield Call(inputs, demand, generations, begun_at, validated_at)
+            with _submitted(services.engine, demands) as submitted:
+                yield [
+                    Call(wish.inputs, demand, generations, begun_at, validated_at)
+                    for wish, demand, generations in zip(wishes, demands, submitted, strict=True)
+                ]
     except (ValidationError, Overloaded) as error:
         services.metrics.count("tgi_request_failure", label=str(error.error_type))
         raise
 
 
 @contextmanager
-def _submitted(engine: EngineLike, demand: Demand) -> Iterator[tuple[Generation, ...]]:
+def _submitted(engine: EngineLike, demands: Sequence[Demand]) -> Iterator[list[tuple[Generation, ...]]]:
+    """What is submitted before a refusal is cancelled, as everything is in the end."""
     generations: list[Generation] = []
+
+    def submit(request: Request) -> Generation:
+        generations.append(engine.submit(request))
+        return generations[-1]
+
     try:
-        for request in demand.requests:
-            generations.append(engine.submit(request))  # noqa: PERF401  what is submitted before a refusal is cancelled
-        yield tuple(generations)
+        yield [tuple(map(submit, demand.requests)) for demand in demands]
     finally:
         for generation in generations:
             generation.cancel()
@@ -136,9 +167,10 @@ def _submitted(engine: EngineLike, demand: Demand) -> Iterator[tuple[Generation,
 def log_success(call: Call, generation: Generation, finish: Finish) -> None:
     """One line per answered call: times in milliseconds, never a prompt or a text."""
     logger.info(
-        "Success request_id=%s input_length=%d generated_tokens=%d finish_reason=%s seed=%s total_time=%.1fms "
-        "validation_time=%.1fms queue_time=%.1fms inference_time=%.1fms time_per_token=%.1fms",
+        "Success request_id=%s trace_id=%s input_length=%d generated_tokens=%d finish_reason=%s seed=%s "
+        "total_time=%.1fms validation_time=%.1fms queue_time=%.1fms inference_time=%.1fms time_per_token=%.1fms",
         generation.request.request_id,
+        TRACE_ID.get(),
         call.demand.input_length,
         finish.num_generated,
         finish.reason.value,

@@ -12,26 +12,43 @@ from collections.abc import Awaitable, Callable
 
 from fastapi import Depends, FastAPI, Request, Response
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from router.api import render
 from router.api.admission import EngineLike, Permits, Services
-from router.api.middleware import Cors, RequestId
+from router.api.kserve import kserve_probes, kserve_routes
+from router.api.middleware import Cors, Head, RequestId, TraceContext
+from router.api.openai import model_routes, openai_routes
 from router.api.openapi import DocumentedApp
 from router.api.ops import health_routes, info_routes
 from router.api.sse import ClientGone
 from router.api.tgi import native_routes
+from router.api.vertex import vertex_routes
 from router.config import VERSION, Config
 from router.errors import NotReady, Overloaded, RouterError, Unauthorized
 from router.metrics import Metrics
+from router.text.chat import ChatTemplate
 from router.text.tokenizer import Tokenizer
 from router.validate import Validator
 
 
 def create_app(
-    config: Config, engine: EngineLike, validator: Validator, tokenizer: Tokenizer, metrics: Metrics
+    config: Config,
+    engine: EngineLike,
+    validator: Validator,
+    tokenizer: Tokenizer,
+    metrics: Metrics,
+    *,
+    template: ChatTemplate | None = None,
+    model_sha: str | None = None,
 ) -> FastAPI:
-    """The application. It starts nothing and owns nothing: engine and tokenizer outlive it."""
-    services = Services(config, engine, validator, tokenizer, metrics, Permits(config.max_concurrent_requests))
+    """The application. It starts nothing and owns nothing: engine and tokenizer outlive it.
+
+    Without a `template` conversations are refused.
+    """
+    template = template or ChatTemplate({}, {})
+    permits = Permits(config.max_concurrent_requests)
+    services = Services(config, engine, validator, tokenizer, metrics, permits, template, model_sha)
     app = DocumentedApp(
         title="Shardstream",
         version=VERSION,
@@ -40,14 +57,24 @@ def create_app(
         redirect_slashes=False,
     )
     keyed = [Depends(_key_check(config.api_key))] if config.api_key is not None else []
-    app.include_router(native_routes(services), dependencies=keyed)
+    # First, so that a path a platform chose wins over what else it may stand for.
+    app.include_router(vertex_routes(services), dependencies=keyed)
+    v1 = openai_routes(services)
+    other_shapes = {"messages": v1.chat, "prompt": v1.completions}
+    app.include_router(native_routes(services, other_shapes), dependencies=keyed)
+    app.include_router(v1.router, dependencies=keyed)
+    app.include_router(model_routes(services), dependencies=keyed if config.protect_info else [])
+    app.include_router(kserve_routes(services), dependencies=keyed)
     app.include_router(info_routes(services), dependencies=keyed if config.protect_info else [])
     app.include_router(health_routes(services))
+    app.include_router(kserve_probes(services))
     app.add_exception_handler(RouterError, _refuse)
     app.add_exception_handler(HTTPException, _refuse_route)
     app.add_exception_handler(ClientGone, _say_nothing)
     app.add_exception_handler(Exception, _admit_failure)
+    app.add_middleware(Head)
     app.add_middleware(Cors, allow_origins=config.cors_allow_origin)
+    app.add_middleware(TraceContext)
     app.add_middleware(RequestId)
     return app
 
@@ -82,9 +109,22 @@ async def _refuse(request: Request, error: Exception) -> Response:
 
 
 async def _refuse_route(request: Request, error: Exception) -> Response:
-    """404 and 405, which Starlette raises."""
+    """404 and 405, which Starlette raises, naming the methods of one of the path's routes only."""
     assert isinstance(error, HTTPException)
-    return _error(error.status_code, {"error": error.detail}, dict(error.headers or {}))
+    headers = dict(error.headers or {})
+    if error.status_code == 405:
+        headers = {"allow": _allowed_methods(request)}
+    return _error(error.status_code, {"error": error.detail}, headers)
+
+
+def _allowed_methods(request: Request) -> str:
+    routes = request.app.router.routes
+
+    def has(method: str) -> bool:
+        return any(route.matches({**request.scope, "method": method})[0] is Match.FULL for route in routes)
+
+    reads = ("GET", "HEAD") if has("GET") else ()
+    return ",".join((*reads, *(("POST",) if has("POST") else ())))
 
 
 async def _say_nothing(request: Request, error: Exception) -> Response:

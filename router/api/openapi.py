@@ -8,13 +8,34 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from router.api.schemas import Body, CompatGenerateRequest, ErrorResponse, GenerateRequest, StreamResponse
+from router.api.openai_bodies import ChatRequest, CompletionRequest, LoadRequest, ResponseRequest
+from router.api.schemas import (
+    Body,
+    CompatGenerateRequest,
+    ErrorResponse,
+    GenerateRequest,
+    KserveRequest,
+    StreamResponse,
+    VertexInstance,
+    VertexRequest,
+)
 
 Json = dict[str, Any]
 Responses = dict[int | str, Json]
 
 REF: Final = "#/components/schemas/{model}"
-UNDESCRIBED: Final[tuple[type[BaseModel], ...]] = (GenerateRequest, CompatGenerateRequest, StreamResponse)
+UNDESCRIBED: Final[tuple[type[BaseModel], ...]] = (
+    GenerateRequest,
+    CompatGenerateRequest,
+    StreamResponse,
+    VertexRequest,
+    VertexInstance,
+    KserveRequest,
+    CompletionRequest,
+    ChatRequest,
+    ResponseRequest,
+    LoadRequest,
+)
 """Models that no route declares to FastAPI."""
 
 
@@ -60,6 +81,7 @@ def _events() -> Json:
 
 FAILURES: Final = {
     401: "The API key is missing or wrong.",
+    404: "No such model is served.",
     413: "The body is too large.",
     415: "The body is not declared as JSON.",
     422: "Input validation error.",

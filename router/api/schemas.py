@@ -14,9 +14,10 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
+from router.text.grammar import Grammar, GrammarKind
 from router.validate import Parameters
 
 MAX_QUOTED_CHARS: Final = 60
@@ -27,10 +28,11 @@ PARAMETER_NAMES: Final = frozenset(parameter.name for parameter in fields(Parame
 
 def mismatch(value: object, expected: str) -> PydanticCustomError:
     """serde's `invalid type` sentence."""
-    return _sentence(f"invalid type: {_describe(value)}, expected {expected}")
+    return refusal(f"invalid type: {_describe(value)}, expected {expected}")
 
 
-def _sentence(text: str) -> PydanticCustomError:
+def refusal(text: str) -> PydanticCustomError:
+    """Any other sentence about a value; the position in the body is added to it."""
     return PydanticCustomError("serde", "{text}", {"text": text})
 
 
@@ -59,7 +61,7 @@ def _integer(kind: str, low: int, high: int) -> Callable[[object], int | None]:
         if type(value) is not int:
             raise mismatch(value, kind)
         if not low <= value <= high:
-            raise _sentence(f"invalid value: integer `{value}`, expected {kind}")
+            raise refusal(f"invalid value: integer `{value}`, expected {kind}")
         return value
 
     return check
@@ -76,7 +78,7 @@ def _float32(value: object) -> float | None:
     except (OverflowError, struct.error):
         number = math.inf
     if math.isinf(number):
-        raise _sentence(f"invalid value: {_describe(value)}, expected f32")
+        raise refusal(f"invalid value: {_describe(value)}, expected f32")
     return number
 
 
@@ -92,12 +94,14 @@ def _only(kind: type, expected: str, *, required: bool = False) -> Callable[[obj
 Unsigned = Annotated[int, Field(ge=0)]
 U32 = Annotated[Unsigned | None, BeforeValidator(_integer("u32", 0, 2**32 - 1))]
 U64 = Annotated[Unsigned | None, BeforeValidator(_integer("u64", 0, 2**64 - 1))]
+Seed = Annotated[int | None, BeforeValidator(_integer("u64", -(2**63), 2**64 - 1))]
 I32 = Annotated[int | None, BeforeValidator(_integer("i32", -(2**31), 2**31 - 1))]
 F32 = Annotated[float | None, BeforeValidator(_float32)]
 Bool = Annotated[bool | None, BeforeValidator(_only(bool, "a boolean"))]
 Text = Annotated[str | None, BeforeValidator(_only(str, "a string"))]
 RequiredText = Annotated[str, BeforeValidator(_only(str, "a string", required=True))]
 IsList = BeforeValidator(_only(list, "a sequence"))
+IsGivenList = BeforeValidator(_only(list, "a sequence", required=True))
 
 
 def _bad_word(value: object) -> object:
@@ -111,17 +115,59 @@ def _bad_word(value: object) -> object:
     return value
 
 
+def _early_stopping(value: object) -> object:
+    if value is not None and value != "never" and type(value) is not bool:
+        raise mismatch(value, 'a boolean or "never"')
+    return value
+
+
+def _bytes_of(value: object) -> bytes:
+    """Without a look at every number: there may be a million of them."""
+    if type(value) is not list:
+        raise mismatch(value, "a sequence")
+    try:
+        return bytes(value)
+    except (TypeError, ValueError):
+        raise refusal("invalid value: expected a sequence of u8") from None
+
+
+U8s = Annotated[
+    bytes,
+    BeforeValidator(_bytes_of),
+    WithJsonSchema({"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 255}}),
+]
+
+
 class Body(BaseModel):
     """What all request bodies have in common."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
 
-class Grammar(Body):
+class GrammarBody(Body):
     """What the text must look like."""
 
     type: Literal["json", "json_object", "json_schema", "regex"] = Field(description="How `value` is to be read.")
-    value: Any = Field(description="A JSON schema (object or string), or a regular expression.")
+    value: Any = Field(
+        description="A JSON schema (object or string); for json_schema an object with one as `schema`; or a regular "
+        "expression."
+    )
+
+    @model_validator(mode="after")
+    def check_value(self) -> GrammarBody:
+        if self.type == "regex" and not isinstance(self.value, str):
+            raise mismatch(self.value, "a string")
+        if self.type == "json_schema":
+            if not isinstance(self.value, dict):
+                raise mismatch(self.value, "struct JsonSchemaConfig")
+            if "schema" not in self.value:
+                raise refusal("missing field `schema`")
+        return self
+
+    def to_grammar(self) -> Grammar:
+        if self.type == "regex":
+            return Grammar(GrammarKind.REGEX, self.value)
+        return Grammar(GrammarKind.JSON, self.value["schema"] if self.type == "json_schema" else self.value)
 
 
 class GenerateParameters(Body):
@@ -135,12 +181,21 @@ class GenerateParameters(Body):
     decoder_input_details: Bool = Field(None, description="Return the prompt's tokens with their log-probabilities.")
     details: Bool = Field(None, description="Return the tokens and why the text ended.")
     do_sample: Bool = Field(None, description="Draw tokens instead of taking the likeliest.")
-    early_stopping: Any = Field(None, description="Accepted for beam search, which is not supported.")
+    early_stopping: Annotated[bool | Literal["never"] | None, BeforeValidator(_early_stopping)] = Field(
+        None,
+        description="When a beam search ends: with the `num_beams`-th beam that ended (true), when a better one is "
+        'unlikely (false), or when it is as good as impossible ("never").',
+        examples=[False],
+    )
     frequency_penalty: F32 = Field(
         None, description="Subtracted from a token's logit for every time it was generated.", examples=[0.1]
     )
-    grammar: Grammar | None = Field(None, description="Structure of the text. Not supported yet.")
-    length_penalty: F32 = Field(None, description="Accepted for beam search, which is not supported.")
+    grammar: GrammarBody | None = Field(None, description="Structure of the text. Not supported yet.")
+    length_penalty: F32 = Field(
+        None,
+        description="Beams are compared by log-probability / length ** length_penalty: above 0 favours long ones.",
+        examples=[1.0],
+    )
     logit_bias: dict[str, Annotated[float, BeforeValidator(_float32)]] | None = Field(
         None, description="Added to the logits of these token ids, -100 to 100.", examples=[{"198": -100}]
     )
@@ -148,7 +203,9 @@ class GenerateParameters(Body):
     min_new_tokens: U32 = Field(None, description="The sequence does not end of itself before.", examples=[1])
     min_p: F32 = Field(None, description="Keep tokens at least this share as likely as the likeliest.", examples=[0.05])
     no_repeat_ngram_size: U32 = Field(None, description="No run of this many tokens occurs twice.", examples=[3])
-    num_beams: U32 = Field(None, description="Only 1: beam search is not supported.", examples=[1])
+    num_beams: U32 = Field(
+        None, description="Above 1: search for the likeliest sequence with that many beams.", examples=[1]
+    )
     presence_penalty: F32 = Field(
         None, description="Subtracted from the logit of every generated token.", examples=[0.1]
     )
@@ -172,7 +229,9 @@ class GenerateParameters(Body):
         for name in ("stop", "bad_words"):
             if name in given:
                 given[name] = tuple(tuple(item) if isinstance(item, list) else item for item in given[name])
-        return Parameters(has_grammar=self.grammar is not None, **given)
+        if self.grammar is not None:
+            given["grammar"] = self.grammar.to_grammar()
+        return Parameters(**given)
 
 
 class GenerateRequest(Body):
@@ -191,6 +250,52 @@ class CompatGenerateRequest(GenerateRequest):
     """Body of / and /invocations."""
 
     stream: Bool = Field(None, description="Answer with server-sent events.")
+
+
+class TokenizePromptRequest(Body):
+    """Body of /tokenize in vLLM's form."""
+
+    prompt: RequiredText = Field(description="The text.", examples=["Hello"])
+    add_special_tokens: Bool = Field(None, description="Whether to add what stands around a prompt; default: yes.")
+
+
+class VertexInstance(Body):
+    """One prompt of a call of /vertex. Tokens are drawn; `max_new_tokens` and `seed` are the parameters that count."""
+
+    inputs: RequiredText = Field(description="The prompt.", examples=["The capital of France is"])
+    parameters: GenerateParameters | None = None
+
+
+class VertexRequest(Body):
+    """Body of /vertex."""
+
+    instances: Annotated[list[dict[str, Any]], IsGivenList] = Field(
+        description="Each is a `VertexInstance`, or a body of /v1/chat/completions."
+    )
+
+
+class KserveInput(Body):
+    """One prompt of a call of KServe's protocol, as the bytes of its UTF-8."""
+
+    name: RequiredText
+    shape: Annotated[list[Unsigned], IsGivenList]
+    datatype: RequiredText
+    data: U8s
+
+
+class KserveOutput(Body):
+    """Where the answer to the prompt at the same place goes."""
+
+    name: RequiredText
+
+
+class KserveRequest(Body):
+    """Body of KServe's infer route."""
+
+    id: RequiredText
+    parameters: GenerateParameters | None = None
+    inputs: Annotated[list[KserveInput], IsGivenList]
+    outputs: Annotated[list[KserveOutput], IsGivenList]
 
 
 class Answer(BaseModel):
@@ -262,6 +367,22 @@ class SimpleToken(Answer):
     text: str
     start: int = Field(description="Byte offset into the inputs.")
     stop: int
+
+
+class Predictions(Answer):
+    predictions: list[str] = Field(description="A text per instance, in their order.")
+
+
+class KserveTensor(Answer):
+    name: str
+    shape: list[int]
+    datatype: Literal["BYTES"]
+    data: list[int] = Field(description="The text's UTF-8.")
+
+
+class KserveResponse(Answer):
+    id: str
+    outputs: list[KserveTensor]
 
 
 class Info(Answer):

@@ -8,21 +8,31 @@ is told in the stream.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Final
 
 from fastapi import APIRouter, Request, Response
 
 from router.api import render
-from router.api.admission import Call, Services, admitted, log_success
-from router.api.body import read_body
+from router.api.admission import Call, Services, Wish, admitted, log_success
+from router.api.body import fit_body, read_body, read_json
+from router.api.collect import collect
 from router.api.openapi import answers, streams, takes
-from router.api.schemas import CompatGenerateRequest, GenerateRequest, GenerateResponse, SimpleToken
+from router.api.schemas import (
+    CompatGenerateRequest,
+    GenerateRequest,
+    GenerateResponse,
+    SimpleToken,
+    TokenizePromptRequest,
+)
 from router.api.sse import EventStream, frame, unless_gone
-from router.engine import Finish, Generation, Token
-from router.errors import IncompleteGeneration, RouterError
+from router.engine import Finish, Generation
+from router.errors import IncompleteStream, RouterError
 from router.validate import Parameters
+
+Endpoint = Callable[[Request], Awaitable[Response]]
 
 JSON_TYPE: Final = "application/json"
 EXAMPLE: Final = {"inputs": "The capital of France is", "parameters": {"max_new_tokens": 5}}
@@ -30,6 +40,7 @@ COMPAT_EXAMPLE: Final = EXAMPLE | {"stream": False}
 ANSWER_EXAMPLE: Final = {"generated_text": " Paris."}
 TOKENIZE_EXAMPLE: Final = {"inputs": "Hello"}
 TOKENS_EXAMPLE: Final = [{"id": 9064, "text": "Hello", "start": 0, "stop": 5}]
+NO_SHAPES: Final[Mapping[str, Endpoint]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,18 +53,16 @@ class _Ask:
     prefix: str
 
 
-def native_routes(services: Services) -> APIRouter:
-    """All of them ask for the API key, which the caller sees to."""
+def native_routes(services: Services, other_shapes: Mapping[str, Endpoint] = NO_SHAPES) -> APIRouter:
+    """All of them ask for the API key, which the caller sees to.
+
+    `other_shapes` are the routes of other APIs that /invocations stands for too, by the field their bodies have.
+    """
     router = APIRouter(tags=["Text generation"])
     config = services.config
 
     @router.post(
         "/",
-        responses=answers(list[GenerateResponse], [ANSWER_EXAMPLE], stream=True),
-        openapi_extra=takes(CompatGenerateRequest, COMPAT_EXAMPLE),
-    )
-    @router.post(
-        "/invocations",
         responses=answers(list[GenerateResponse], [ANSWER_EXAMPLE], stream=True),
         openapi_extra=takes(CompatGenerateRequest, COMPAT_EXAMPLE),
     )
@@ -64,6 +73,19 @@ def native_routes(services: Services) -> APIRouter:
         if body.stream:
             return await _stream(services, request, ask)
         return await unless_gone(request.receive, _answer(services, ask, as_list=True))
+
+    @router.post(
+        "/invocations",
+        responses=answers(list[GenerateResponse], [ANSWER_EXAMPLE], stream=True),
+        openapi_extra=takes(CompatGenerateRequest, COMPAT_EXAMPLE),
+    )
+    async def invocations(request: Request) -> Response:
+        """What SageMaker calls: the same as / for a body with `inputs`, else the route that takes such a body."""
+        parsed = await read_json(request, limit_bytes=config.payload_limit)
+        for field, endpoint in other_shapes.items():
+            if parsed.has(field) and not parsed.has("inputs"):
+                return await endpoint(request)
+        return await compat(request)
 
     @router.post(
         "/generate", responses=answers(GenerateResponse, ANSWER_EXAMPLE), openapi_extra=takes(GenerateRequest, EXAMPLE)
@@ -85,13 +107,24 @@ def native_routes(services: Services) -> APIRouter:
         openapi_extra=takes(GenerateRequest, TOKENIZE_EXAMPLE),
     )
     async def tokenize(request: Request) -> Response:
-        """Show the tokens of a text."""
-        body = await read_body(request, GenerateRequest, limit_bytes=config.payload_limit)
+        """Show the tokens of a text: of `inputs` with their offsets, of `prompt` (vLLM's form) the ids alone."""
+        parsed = await read_json(request, limit_bytes=config.payload_limit)
+        if parsed.has("prompt") and not parsed.has("inputs"):
+            return await _token_ids(services, fit_body(parsed, TokenizePromptRequest))
+        body = fit_body(parsed, GenerateRequest)
         tokenizer = services.tokenizer
         rendered = await tokenizer.run(body.inputs, lambda text: render.simple_tokens(tokenizer.tokenize(text)))
         return Response(rendered, media_type=JSON_TYPE)
 
     return router
+
+
+async def _token_ids(services: Services, body: TokenizePromptRequest) -> Response:
+    add_special_tokens = body.add_special_tokens is not False
+    encode = services.tokenizer.encode
+    ids = await services.tokenizer.run(body.prompt, lambda text: encode(text, add_special_tokens=add_special_tokens))
+    max_length = services.validator.limits.max_total_tokens
+    return _json({"count": len(ids), "max_model_len": max_length, "tokens": ids})
 
 
 def _json(value: object, headers: Mapping[str, str] | None = None) -> Response:
@@ -106,35 +139,12 @@ def _understand(request: Request, body: GenerateRequest, *, default_full_text: b
 
 
 async def _answer(services: Services, ask: _Ask, *, as_list: bool) -> Response:
-    """All of the text at once; the sequences run side by side and are read one after the other."""
-    async with admitted(services, ask.request_id, ask.inputs, ask.parameters, stream=False) as call:
-        results = [await _collect(generation, services) for generation in call.generations]
-        best = max(range(len(results)), key=lambda index: results[index].mean_logprob)
-        winner = results.pop(best)
-        details = ask.parameters.details or ask.parameters.decoder_input_details
-        body = render.response(winner, results, prefix=ask.prefix, details=details)
-        generation = call.generations[best]
-        log_success(call, generation, winner.finish)
-        headers = _compute_headers(services, ask) | _time_headers(call, generation, winner.finish)
-        return _json([body] if as_list else body, headers)
-
-
-async def _collect(generation: Generation, services: Services) -> render.Result:
-    """Reads a sequence to its end. Raises the `RouterError` it failed with."""
-    tokens: list[Token] = []
-    top_tokens: list[Sequence[Token]] = []
-    prompt_logprobs: Sequence[float | None] = ()
-    async for event in generation:
-        tokens.append(event.token)
-        if generation.request.sampling.top_n_tokens:
-            top_tokens.append(event.top_tokens)
-        prompt_logprobs = event.prompt_logprobs or prompt_logprobs
-        if event.finish is not None:
-            text_of = services.tokenizer.token_text
-            scored = zip(generation.request.prompt, prompt_logprobs, strict=False)
-            prefill = [render.PrefillToken(token_id, text_of(token_id), logprob) for token_id, logprob in scored]
-            return render.Result(generation.request, tokens, top_tokens, prefill, event.finish)
-    raise IncompleteGeneration
+    """All of the text at once."""
+    [done] = await collect(services, ask.request_id, [Wish(ask.inputs, ask.parameters)])
+    details = ask.parameters.details or ask.parameters.decoder_input_details
+    body = render.response(done.best, done.others, prefix=ask.prefix, details=details)
+    headers = _compute_headers(services, ask) | _time_headers(done.call, done.generation, done.best.finish)
+    return _json([body] if as_list else body, headers)
 
 
 async def _stream(services: Services, request: Request, ask: _Ask) -> Response:
@@ -158,7 +168,7 @@ async def _frames(services: Services, ask: _Ask) -> AsyncGenerator[bytes, None]:
                 yield frame(render.to_bytes(body))
                 if event.finish is not None:
                     return
-            raise IncompleteGeneration
+            raise IncompleteStream
         except RouterError as error:
             if not begun:
                 raise

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Literal
 
 
 class FinishReason(Enum):
@@ -56,6 +57,18 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
+class BeamSettings:
+    """Of a beam search, with transformers' meaning."""
+
+    num_beams: int
+    length_penalty: float = 1.0
+    """Beams are compared by their log-probability divided by their length to this power."""
+    early_stopping: bool | Literal["never"] = False
+    """Whether the search ends with the `num_beams`-th beam that ended, or when a better one is unlikely (False), or
+    when it is as good as impossible ("never")."""
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """A client's validated demand for one sequence (best_of and n make several)."""
 
@@ -72,6 +85,8 @@ class Request:
     """Higher is served first."""
     cache_salt: bytes = b""
     """Prefix-cache blocks are shared only between requests of equal salt."""
+    beams: BeamSettings | None = None
+    """Search for the likeliest sequence; None: take its tokens one by one."""
 
 
 class SequenceState(Enum):

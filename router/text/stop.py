@@ -49,6 +49,12 @@ class StopMatcher:
         return max((automaton.state for automaton in self._automata), default=0)
 
 
+def num_begun(text: str, marker: str) -> int:
+    """How many characters at the end of the text may be the beginning of the marker, which is not in it."""
+    longest = min(len(text), len(marker) - 1)
+    return next((num for num in range(longest, 0, -1) if text.endswith(marker[:num])), 0)
+
+
 class _Automaton:
     """One stop string, not empty. `borders[i]`: longest proper beginning of stop[:i + 1] that also ends it."""
 

@@ -1,0 +1,260 @@
+"""What the OpenAI routes have in common: several choices running side by side, and how an answer is written.
+
+A call has one or more prompts, each with `n` choices; choice number `prompt * n + k` is sequence k of that prompt.
+
+    wishes ─► admitted_together ─► events of all choices as they come ─► Writer ─► chunks ─► [DONE]
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, aclosing
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from fastapi import Request, Response
+
+from router.api import render
+from router.api.admission import Call, Services, Wish, admitted_together, log_success
+from router.api.sse import EventStream, frame, unless_gone
+from router.config import VERSION
+from router.core.request import FinishReason
+from router.engine import Generation, TokenEvent
+from router.errors import IncompleteGeneration, RouterError
+
+JSON_TYPE: Final = "application/json"
+DONE: Final = frame(b"[DONE]")
+
+Json = Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One sequence of a call."""
+
+    index: int
+    call: Call
+    generation: Generation
+
+
+class Writer(Protocol):
+    """Turns the events of a call's choices into the payloads of a stream."""
+
+    def begin(self, calls: Sequence[Call], choices: Sequence[Choice]) -> Iterable[Json]: ...
+
+    def write(self, choice: Choice, event: TokenEvent) -> Iterable[Json]: ...
+
+    def end(self) -> Iterable[Json]: ...
+
+
+@dataclass(slots=True)
+class Usage:
+    """Tokens of a call so far. A prompt counts once, whatever the number of its choices."""
+
+    num_prompt: int = 0
+    num_completion: int = 0
+
+    @classmethod
+    def begin(cls, calls: Sequence[Call]) -> Usage:
+        return cls(sum(call.demand.input_length for call in calls))
+
+    def to_json(self) -> Json:
+        return {
+            "prompt_tokens": self.num_prompt,
+            "completion_tokens": self.num_completion,
+            "total_tokens": self.num_prompt + self.num_completion,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """What every object of an answer begins with."""
+
+    object: str
+    id: str
+    model: str
+    created: int
+
+    @classmethod
+    def new(cls, kind: str, prefix: str, services: Services) -> Envelope:
+        """With an id nobody else has; `created` is in Unix seconds."""
+        id_ = f"{prefix}-{secrets.token_hex(16)}"
+        return cls(kind, id_, services.config.model_name, time.time_ns() // 1_000_000_000)
+
+    def to_json(self) -> Json:
+        return {
+            "object": self.object,
+            "id": self.id,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": f"{VERSION}-native",
+        }
+
+
+class ChoiceText:
+    """The text of one choice, piece by piece, without special tokens except `markers`."""
+
+    def __init__(self, markers: frozenset[str] = frozenset()) -> None:
+        self._markers = markers
+        self._num_shown = 0
+
+    def read(self, event: TokenEvent) -> str:
+        """What the event adds. The last one also brings what waited to be told from a stop string."""
+        token = event.token
+        piece = token.text if not token.special or token.text in self._markers else ""
+        if not token.special:
+            self._num_shown += len(piece)
+        return piece if event.finish is None else piece + event.finish.text[self._num_shown :]
+
+
+def finish_reason(choice: Choice, event: TokenEvent, *, has_calls: bool = False) -> str | None:
+    """In OpenAI's words; None before the end."""
+    if event.finish is None:
+        return None
+    if is_cut_short(choice, event):
+        return "length"
+    return "tool_calls" if has_calls else "stop"
+
+
+def is_cut_short(choice: Choice, last: TokenEvent) -> bool:
+    """Whether tokens ran out. Natively they do even if the last one ends the text; here that counts as an end."""
+    assert last.finish is not None
+    is_end_token = last.token.id in choice.generation.request.eos_token_ids
+    return last.finish.reason is FinishReason.LENGTH and not is_end_token
+
+
+def choices_of(calls: Sequence[Call]) -> list[Choice]:
+    pairs = ((call, generation) for call in calls for generation in call.generations)
+    return [Choice(index, call, generation) for index, (call, generation) in enumerate(pairs)]
+
+
+async def merged(choices: Sequence[Choice]) -> AsyncGenerator[tuple[Choice, TokenEvent], None]:
+    """Every event of every choice, as they come. Raises the first `RouterError`."""
+    if len(choices) == 1:
+        async for event in choices[0].generation:
+            yield choices[0], event
+        return
+    arrived: asyncio.Queue[tuple[Choice, TokenEvent] | RouterError | None] = asyncio.Queue()
+    tasks = [asyncio.create_task(_forward(choice, arrived)) for choice in choices]
+    try:
+        num_open = len(tasks)
+        while num_open:
+            item = await arrived.get()
+            if isinstance(item, RouterError):
+                raise item
+            if item is None:
+                num_open -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _forward(choice: Choice, arrived: asyncio.Queue[tuple[Choice, TokenEvent] | RouterError | None]) -> None:
+    try:
+        async for event in choice.generation:
+            arrived.put_nowait((choice, event))
+        arrived.put_nowait(None)
+    except RouterError as error:
+        arrived.put_nowait(error)
+
+
+async def collect(choice: Choice) -> list[TokenEvent]:
+    """All events of a choice. Raises the `RouterError` it failed with."""
+    events = [event async for event in choice.generation]
+    if not events or events[-1].finish is None:
+        raise IncompleteGeneration
+    log_success(choice.call, choice.generation, events[-1].finish)
+    return events
+
+
+def admit(services: Services, request: Request, wishes: Sequence[Wish]) -> AbstractAsyncContextManager[list[Call]]:
+    return admitted_together(services, request.state.request_id, wishes, stream=False)
+
+
+async def stream(services: Services, request: Request, wishes: Sequence[Wish], writer: Writer) -> Response:
+    """Begins to answer once there is something to say, so that what fails before that has a status of its own."""
+    frames = _frames(services, request, wishes, writer)
+    first = await unless_gone(request.receive, anext(frames))
+    return EventStream(first, frames, compute_headers(services, wishes))
+
+
+async def _frames(
+    services: Services, request: Request, wishes: Sequence[Wish], writer: Writer
+) -> AsyncGenerator[bytes, None]:
+    """One frame per payload. Raises a `RouterError` before the first one and turns it into a frame after it."""
+    begun = False
+    async with admit(services, request, wishes) as calls:
+        try:
+            async with aclosing(_payloads(calls, writer)) as payloads:
+                async for payload in payloads:
+                    begun = True
+                    yield _frame(payload)
+        except RouterError as error:
+            if not begun:
+                raise
+            yield _frame({"error": {"message": str(error), "http_status_code": error.status}})
+        yield DONE
+
+
+def _frame(payload: Json) -> bytes:
+    """OpenAI names an event by its type, where it has one."""
+    kind = payload.get("type")
+    return (b"" if kind is None else f"event: {kind}\n".encode()) + frame(render.to_bytes(payload))
+
+
+async def _payloads(calls: Sequence[Call], writer: Writer) -> AsyncGenerator[Json, None]:
+    choices = choices_of(calls)
+    for payload in writer.begin(calls, choices):
+        yield payload
+    num_unfinished = len(choices)
+    async with aclosing(merged(choices)) as events:
+        async for choice, event in events:
+            for payload in writer.write(choice, event):
+                yield payload
+            if event.finish is not None:
+                num_unfinished -= 1
+                log_success(choice.call, choice.generation, event.finish)
+    if num_unfinished:
+        raise IncompleteGeneration
+    for payload in writer.end():
+        yield payload
+
+
+def answer(body: Json, headers: Mapping[str, str]) -> Response:
+    return Response(render.to_bytes(body), media_type=JSON_TYPE, headers=headers)
+
+
+def compute_headers(services: Services, wishes: Sequence[Wish]) -> dict[str, str]:
+    num_chars = sum(len(wish.inputs) for wish in wishes if isinstance(wish.inputs, str))
+    return {"x-compute-type": services.config.compute_type, "x-compute-characters": str(num_chars)}
+
+
+def time_headers(choices: Sequence[Choice], usage: Usage) -> dict[str, str]:
+    """As the native routes write them: whole milliseconds but for x-compute-time, sums over prompts or sequences."""
+    call = choices[0].call
+    queue_s = sum(choice.generation.queue_s for choice in choices)
+    inference_s = sum(choice.generation.inference_s for choice in choices)
+    return {
+        "x-compute-time": str(call.total_s),
+        "x-total-time": _whole_ms(call.total_s),
+        "x-validation-time": _whole_ms(call.validation_s),
+        "x-queue-time": _whole_ms(queue_s),
+        "x-inference-time": _whole_ms(inference_s),
+        "x-time-per-token": _whole_ms(inference_s / max(1, usage.num_completion)),
+        "x-prompt-tokens": str(usage.num_prompt),
+        "x-generated-tokens": str(usage.num_completion),
+    }
+
+
+def _whole_ms(seconds: float) -> str:
+    return str(int(seconds * 1e3))
+
+
+def with_usage(payload: Json, usage: Usage | None) -> Json:
+    return {**payload, "usage": None if usage is None else usage.to_json()}

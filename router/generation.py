@@ -1,0 +1,115 @@
+"""One sequence as its consumer sees it: token events, the last of which says how it ended.
+
+The engine is at the other end. Publishing never waits for the consumer; what it has not read yet is kept.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+
+from router.core.request import FinishReason, Request
+from router.errors import RouterError
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A token as a client sees it. `logprob` is the natural log-softmax of the model's raw logits."""
+
+    id: int
+    text: str
+    logprob: float
+    special: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """How a sequence ended. `text` is all of it: special tokens left out, nothing behind a stop string."""
+
+    reason: FinishReason
+    text: str
+    num_generated: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One token on its way to HTTP, numbered from 1; the last one carries `finish`.
+
+    `prompt_logprobs` comes with the first event of a request that asked for it: one entry per prompt token, None for
+    the first. `prompt_tops`, the likeliest tokens in their places, has as many entries, or none if they were not asked
+    for; the first is empty.
+    """
+
+    index: int
+    token: Token
+    top_tokens: tuple[Token, ...] = ()
+    finish: Finish | None = None
+    prompt_logprobs: tuple[float | None, ...] | None = None
+    prompt_tops: tuple[tuple[Token, ...], ...] = ()
+
+
+class Generation:
+    """One sequence as its consumer sees it: iterate over it once, and cancel it in a `finally`."""
+
+    def __init__(self, request: Request, on_cancel: Callable[[Generation], None]) -> None:
+        self.request = request
+        self._on_cancel = on_cancel
+        self._events: deque[TokenEvent] = deque()
+        self._error: RouterError | None = None
+        self._changed = asyncio.Event()
+        self._submitted_at = time.monotonic()
+        self._planned_at: float | None = None
+        self._ended_at: float | None = None
+
+    async def __aiter__(self) -> AsyncIterator[TokenEvent]:
+        """Every event once, to the one that carries `finish`. Raises the `RouterError` the sequence failed with."""
+        while True:
+            while self._events:
+                event = self._events.popleft()
+                yield event
+                if event.finish is not None:
+                    return
+            if self._error is not None:
+                raise self._error
+            self._changed.clear()
+            await self._changed.wait()
+
+    def cancel(self) -> None:
+        """Ends the sequence if it still runs; harmless otherwise."""
+        if self._ended_at is None:
+            self._on_cancel(self)
+
+    @property
+    def queue_s(self) -> float:
+        """Seconds from submit to the first plan with a row of it, or to now."""
+        return (self._planned_at or self._now()) - self._submitted_at
+
+    @property
+    def inference_s(self) -> float:
+        """Seconds from that plan to the end, or to now; 0 before it."""
+        return 0.0 if self._planned_at is None else self._now() - self._planned_at
+
+    def _now(self) -> float:
+        return time.monotonic() if self._ended_at is None else self._ended_at
+
+    def note_planned(self) -> None:
+        if self._planned_at is None:
+            self._planned_at = time.monotonic()
+
+    def publish(self, event: TokenEvent) -> None:
+        if event.finish is not None:
+            self._ended_at = time.monotonic()
+        self._events.append(event)
+        self._changed.set()
+
+    def fail(self, error: RouterError) -> None:
+        self._ended_at = time.monotonic()
+        self._error = error
+        self._changed.set()
+
+    def drop(self) -> None:
+        """Nobody listens any more."""
+        self._ended_at = time.monotonic()
