@@ -161,6 +161,7 @@ async def _group(config: Config, directory: Path) -> AsyncIterator[tuple[list[st
         return
     flags = (
         *("--dtype", config.dtype, "--device", config.device),
+        *("--quantize", "int8" if config.quantize == "int8" else "none"),
         *("--kv-cache-bytes", str(config.kv_cache_bytes)),
         *("--cuda-memory-fraction", str(config.cuda_memory_fraction)),
         *("--step-timeout-s", str(config.step_timeout)),

@@ -90,6 +90,9 @@ async def _unless(stop: asyncio.Event, loading: asyncio.Future[Worker]) -> Worke
 
 def _load(config: ShardConfig, reporter: StartReporter) -> Worker:
     """On the model thread: torch is imported here, after the port is open."""
+    # Threads that wait for each other by spinning take the cores from those they wait for. Measured with one other busy
+    # process on two cores: 12 ms instead of up to 38 for 60 small products, for 5.3 instead of 4.9 ms alone.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     from shard.worker import start
 
     return start(config, reporter.loading)

@@ -329,14 +329,14 @@ class ShapeProbe:
     def __init__(self) -> None:
         self.layers: dict[int, LayerShape] = {}
         self.query_heads: dict[int, int] = {}
-        self.windows: dict[int, int | None] = {}
+        self.options: dict[int, AttentionOptions] = {}
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
         if layer in self.layers:
             raise LoadError(f"layer {layer} attends twice in one pass, so its keys and values need two caches")
         self.layers[layer] = LayerShape(kv_heads=key.shape[1], key_dim=key.shape[2], value_dim=value.shape[2])
         self.query_heads[layer] = query.shape[1]
-        self.windows[layer] = options.window
+        self.options[layer] = options
         return query.new_zeros(*query.shape[:2], value.shape[2])
 
 

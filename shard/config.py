@@ -10,6 +10,8 @@ from typing import Any, Final, NoReturn, TypeVar
 ENV_PREFIX: Final = "SHARDSTREAM_"
 DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
 DEVICES: Final = ("auto", "cpu", "cuda")
+QUANTIZE: Final = ("none", "int8")
+NATIVE: Final = ("auto", "off")
 
 T = TypeVar("T")
 
@@ -32,6 +34,8 @@ class ShardConfig:
     join_timeout_s: float = _option(60.0, "how long to wait for the other ranks at start")
     step_timeout_s: float = _option(300.0, "a step that takes longer ends the process")
     dtype: str = _option("auto", "of weights and activations; auto: bfloat16 where the device computes in it", DTYPES)
+    quantize: str = _option("none", "weights as int8, on a CPU with the native operations", QUANTIZE)
+    native: str = _option("auto", "native operations for the CPU where they are built; off: torch alone", NATIVE)
     device: str = _option("auto", "where the model runs; auto: cuda if there is one", DEVICES)
     kv_cache_bytes: int = _option(0, "KV memory of this rank; 0: a share of what is free")
     cuda_memory_fraction: float = _option(0.9, "share of the device's memory the process may take")
@@ -59,6 +63,8 @@ def parse(argv: list[str] | None = None) -> ShardConfig:
         parser.error("--store-path is needed for more than one rank")
     if config.dtype not in DTYPES or config.device not in DEVICES:
         parser.error(f"dtype {config.dtype!r} or device {config.device!r} is not known")
+    if config.quantize not in QUANTIZE or config.native not in NATIVE:
+        parser.error(f"quantize {config.quantize!r} or native {config.native!r} is not known")
     return config
 
 

@@ -1,7 +1,7 @@
 """A model on one rank: transformers' own code over our weights, our attention and our KV memory.
 
     load_model    config.json → modules on the meta device → this rank's weights → joined with the other ranks
-                  → probed (what reaches attention?) → self-tested → ready
+                  → probed (what reaches attention?) → self-tested → fused where the CPU can → tested again → ready
     Model.hidden  the backbone on one packed step: [1, T] tokens, positions restarting at every row
     Model.logits  the rest of the causal model on chosen rows, so that each family's own scaling and capping applies
 
@@ -29,6 +29,9 @@ from shard.attention import NAME, Attend, AttentionBatch, PagedAttention, ShapeP
 from shard.distributed import RankGroup
 from shard.errors import LoadError
 from shard.families import JsonObject, JsonValue, plan_for, served_config
+from shard.fused import FusedDecoder, NotFusable, Source, fuse, pack_head, release_layers
+from shard.kernels import native
+from shard.kernels.packing import Kind
 from shard.kv_cache import KVCache, LayerShape, bytes_per_block
 from shard.tensor_parallel import Heads, Sharding, join_ranks
 from shard.weights import Loader, open_checkpoint
@@ -43,6 +46,11 @@ SELF_TEST_CHUNKS: Final = (5, 1, 9, 4)
 # Relative distance between all the dense and all the paged hidden states. Right ones differ by rounding, on SmolLM2
 # 1e-6 in float32 and 0.03 in bfloat16; wrong positions or lost keys make it 0.2 and more.
 _MAX_DISTANCE: Final = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.03}
+
+# The same between fused layers and dense ones, on SmolLM2 1e-6, 0.05 and 0.09.
+_MAX_FUSED_DISTANCE: Final = {Kind.FLOAT32: 1e-4, Kind.BFLOAT16: 0.1, Kind.INT8: 0.25}
+
+_KINDS: Final = {torch.float32: Kind.FLOAT32, torch.bfloat16: Kind.BFLOAT16}
 
 # These rescale positions by the longest one in a packed step, so rows would change each other past the trained length.
 _LENGTH_DEPENDENT_ROPE: Final = ("dynamic", "longrope")
@@ -110,6 +118,7 @@ class Model:
         self._layers = layers
         self._cache: KVCache | None = None
         self._backbone = causal.base_model
+        self._fused: FusedDecoder | None = None
         self._head = causal
         setattr(causal, causal.base_model_prefix, _HandBack())
 
@@ -123,11 +132,15 @@ class Model:
     def release(self) -> None:
         """Gives KV memory back."""
         self._cache = None
+        if self._fused is not None:
+            self._fused.forget()
 
     @torch.inference_mode()
     def hidden(self, input_ids: Tensor, positions: Tensor, batch: AttentionBatch) -> Tensor:
         """Runs one step: `input_ids` and `positions` [T] int64 → last hidden states [T, width]."""
         assert self._cache is not None, "a step before KV memory was allocated"
+        if self._fused is not None:
+            return self._fused.hidden(input_ids, positions, batch, self._cache)
         return _run(self._backbone, input_ids, positions, PagedAttention(batch, self._cache))
 
     @torch.inference_mode()
@@ -166,10 +179,14 @@ def load_model(
     group: RankGroup,
     on_progress: Callable[[int, int], None],
     block_size: int = BLOCK_SIZE,
+    use_native: bool = True,
+    quantize: bool = False,
 ) -> Model:
     """Loads this rank's part and proves on it that paged attention equals dense.
 
-    `on_progress(done_bytes, total_bytes)` counts what this rank reads. Raises `LoadError` with a one-line cause.
+    `on_progress(done_bytes, total_bytes)` counts what this rank reads. With `use_native`, layers are fused where that
+    is possible; `quantize` makes their weights int8, and is refused where it is not. Raises `LoadError` with a one-line
+    cause.
     """
     raw = _read_json(directory / "config.json")
     config = _config(served_config(raw))
@@ -179,10 +196,19 @@ def load_model(
     loader = Loader(causal, stored, sharding, dtype, on_progress)
     _fill(causal, loader, directory, device)
     join_ranks(causal, sharding, group)
-    layers = _probe(causal, config, sharding, device)
+    probe = _probe(causal, config, sharding, device)
+    layers = [probe.layers[layer] for layer in range(config.num_hidden_layers)]
     facts = _facts(config, directory)
     model = Model(causal, facts, layers=layers, dtype=dtype, device=device, block_size=block_size)
-    _self_test(model)
+    expected = _self_test(model)
+    try:
+        if not use_native:
+            raise NotFusable("native operations are switched off")
+        _fuse(model, probe, expected, Kind.INT8 if quantize else _KINDS.get(dtype), group)
+    except NotFusable as reason:
+        if quantize:
+            raise LoadError(f"quantised weights need fused layers: {reason}") from reason
+        log.info("layers are not fused: %s", reason)
     return model
 
 
@@ -305,9 +331,7 @@ def _max_positions(config: PreTrainedConfig) -> int:
     return min(positions, int(trained)) if trained else positions
 
 
-def _probe(
-    causal: PreTrainedModel, config: PreTrainedConfig, sharding: Sharding, device: torch.device
-) -> list[LayerShape]:
+def _probe(causal: PreTrainedModel, config: PreTrainedConfig, sharding: Sharding, device: torch.device) -> ShapeProbe:
     """Runs one token to see what reaches attention on this rank. Raises `LoadError` if it is not what it should be."""
     probe = ShapeProbe()
     token = torch.zeros(1, dtype=torch.int64, device=device)
@@ -318,14 +342,14 @@ def _probe(
         raise LoadError(f"attention was called by {len(probe.layers)} of {num_layers} layers")
     _check_windows(config, probe)
     _check_shrunk(sharding, probe)
-    return [probe.layers[layer] for layer in range(num_layers)]
+    return probe
 
 
 def _check_windows(config: PreTrainedConfig, probe: ShapeProbe) -> None:
     """A window that only the mask would know is lost, as there is no mask."""
     kinds: list[str] = getattr(config, "layer_types", None) or []
     for layer, kind in enumerate(kinds):
-        if kind == "sliding_attention" and probe.windows[layer] is None:
+        if kind == "sliding_attention" and probe.options[layer].window is None:
             raise LoadError(f"layer {layer} should attend within a window, which does not reach attention")
 
 
@@ -341,14 +365,26 @@ def _check_shrunk(sharding: Sharding, probe: ShapeProbe) -> None:
             )
 
 
-def _self_test(model: Model) -> None:
+@dataclass(frozen=True, slots=True)
+class _Expected:
+    """A short prompt, and its dense hidden states by transformers' own attention."""
+
+    input_ids: Tensor  # [n] int64
+    positions: Tensor  # [n] int64
+    hidden: Tensor  # [n, width]
+
+    def distance(self, hidden: Tensor) -> float:
+        """Relative; not below any limit when something is not finite."""
+        return float((self.hidden - hidden).float().norm() / self.hidden.float().norm())
+
+
+def _self_test(model: Model) -> _Expected:
     """A short prompt, dense by transformers' own attention against paged in odd chunks, on the loaded weights."""
     num_tokens = min(sum(SELF_TEST_CHUNKS), model.max_positions or sum(SELF_TEST_CHUNKS))
     input_ids = (torch.arange(num_tokens, device=model.device) * 7919 + 11) % model.vocab_size
     positions = torch.arange(num_tokens, device=model.device)
-    dense = model.dense_hidden(input_ids, positions)
-    paged = _paged_hidden(model, input_ids, positions)
-    distance = float((dense - paged).float().norm() / dense.float().norm())
+    expected = _Expected(input_ids, positions, model.dense_hidden(input_ids, positions))
+    distance = expected.distance(_paged_hidden(model, input_ids, positions))
     limit = _MAX_DISTANCE[model.dtype]
     if not distance <= limit:
         raise LoadError(
@@ -356,6 +392,28 @@ def _self_test(model: Model) -> None:
             f"more than {limit:g}"
         )
     log.info("self-test: paged attention differs from dense by %.1e", distance)
+    return expected
+
+
+@torch.inference_mode()
+def _fuse(model: Model, probe: ShapeProbe, expected: _Expected, kind: Kind | None, group: RankGroup) -> None:
+    """Puts native layers in the modules' place if they do the same on the loaded weights. Raises `NotFusable`."""
+    if kind is None or model.device.type != "cpu" or native.library() is None:
+        raise NotFusable(f"no native operations for {model.dtype} on {model.device.type} here")
+    if group.world_size > 1 and group.peers is None:
+        raise NotFusable("the ranks share no memory")
+    threads = native.threads(torch.get_num_threads())
+    source = Source(model.model_type, model._backbone, probe, model.dtype, model.block_size)
+    fused = fuse(source, kind, threads, group.peers)
+    head = pack_head(getattr(model._head, "lm_head", None), kind, threads)
+    model._fused = fused
+    distance = expected.distance(_paged_hidden(model, expected.input_ids, expected.positions))
+    if not distance <= _MAX_FUSED_DISTANCE[kind]:
+        model._fused = None
+        raise NotFusable(f"they differ from the modules by {distance:.2g}, more than {_MAX_FUSED_DISTANCE[kind]:g}")
+    model._head.lm_head = head
+    release_layers(model._backbone)
+    log.info("layers are fused (%s): they differ from the modules by %.1e", kind.name.lower(), distance)
 
 
 def _paged_hidden(model: Model, input_ids: Tensor, positions: Tensor) -> Tensor:

@@ -37,7 +37,13 @@ def start(config: ShardConfig, on_progress: Callable[[int, int], None]) -> Worke
     checkpoint = resolve(config.model_id, revision=config.revision or None)
     group = connect(config.rank, config.world_size, config.store_path, device, config.join_timeout_s)
     model = load_model(
-        checkpoint.directory, dtype=_dtype(config, device), device=device, group=group, on_progress=on_progress
+        checkpoint.directory,
+        dtype=_dtype(config, device),
+        device=device,
+        group=group,
+        on_progress=on_progress,
+        use_native=config.native == "auto",
+        quantize=config.quantize == "int8",
     )
     return Worker(config, model, group, checkpoint.revision)
 

@@ -1,0 +1,123 @@
+// What `shard.kernels.native` calls. Plain functions over plain memory: no Python, no torch.
+
+#include "decoder.h"
+
+using namespace shardstream;
+
+namespace {
+
+enum Kind : int64_t { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2 };
+
+// A decoder of whichever kind.
+struct AnyDecoder {
+  virtual ~AnyDecoder() = default;
+  virtual int run(const Step& step, const Memory* memory, void* hidden) = 0;
+};
+
+template <class Dot, class Attend>
+struct DecoderOf : AnyDecoder {
+  Decoder<Dot, Attend> decoder;
+  DecoderOf(const Model& model, Threads& threads, Peers* peers) : decoder(model, threads, peers) {}
+  int run(const Step& step, const Memory* memory, void* hidden) override {
+    return decoder.run(step, memory, static_cast<typename Attend::Number*>(hidden));
+  }
+};
+
+// `x` [num_rows, width] Number -> `out` [num_rows, num_outputs] float32.
+template <class Dot, class Number>
+void linear(Threads& threads, const Matrix& matrix, const Number* x, size_t num_rows, size_t width, size_t num_outputs,
+            float* out) {
+  std::vector<typename Dot::Number> numbers(num_rows * width + 64);
+  std::vector<float> scales(num_rows * width / kGroup);
+  std::vector<int32_t> offsets(num_rows * width / kGroup);
+  const RowsBuffer<Dot> operand{numbers.data(), width, scales.data(), offsets.data()};
+  for (size_t row = 0; row < num_rows; row++) operand.write(row, [&](size_t i) { return load(x + row * width + i); });
+  multiply<Dot, 1>(threads, matrix, operand, num_rows, [&](size_t row, size_t block, Lanes lanes) {
+    const size_t left = num_outputs - block * kLanes;
+    float* to = out + row * num_outputs + block * kLanes;
+    _mm512_mask_storeu_ps(to, left >= kLanes ? 0xffff : (1u << left) - 1, lanes);
+  });
+}
+
+template <class Dot>
+void attention(Threads& threads, const Memory& memory, const Heads& heads, const Step& step, size_t window, double scaling,
+               const float* query, const float* key, const float* value, float* out) {
+  const size_t group = heads.group();
+  std::vector<typename Dot::Number> queries(step.num_tokens * heads.query * heads.width);
+  for (size_t token = 0; token < step.num_tokens; token++) {
+    for (size_t h = 0; h < heads.query; h++) {
+      const float* from = query + (token * heads.query + h) * heads.width;
+      auto* to = &queries[((h / group * step.num_tokens + token) * group + h % group) * heads.width];
+      for (size_t d = 0; d < heads.width; d += kLanes) store(to + d, _mm512_mul_ps(load(from + d), fill(static_cast<float>(scaling))));
+    }
+    for (size_t h = 0; h < heads.key_value; h++) {
+      const size_t at = (token * heads.key_value + h) * heads.width;
+      remember<Dot>(memory, heads, h, step.slots[token], key + at, value + at);
+    }
+  }
+  const std::vector<Queries> parts = parts_of(step, heads);
+  threads.each(parts.size(), [&](size_t index) {
+    std::vector<float> scratch;
+    std::vector<const Line*> columns;
+    attend<Dot>(memory, heads, step, window, queries.data(), parts[index], scratch, columns,
+                [&](size_t token, size_t head, size_t i, Lanes lanes) {
+                  store(out + (token * heads.query + head) * heads.width + i, lanes);
+                });
+  });
+}
+
+}  // namespace
+
+extern "C" {
+
+Threads* shardstream_threads(uint64_t count) { return new Threads(count); }
+
+void shardstream_end_threads(Threads* threads) { delete threads; }
+
+void* shardstream_decoder(const Model* model, int64_t kind, Threads* threads, Peers* peers) {
+  AnyDecoder* decoder;
+  switch (kind) {
+    case kFloat32: decoder = new DecoderOf<Float32, Float32>(*model, *threads, peers); break;
+    case kBFloat16: decoder = new DecoderOf<BFloat16, BFloat16>(*model, *threads, peers); break;
+    default: decoder = new DecoderOf<Int8, BFloat16>(*model, *threads, peers);
+  }
+  return decoder;
+}
+
+void shardstream_end_decoder(void* decoder) { delete static_cast<AnyDecoder*>(decoder); }
+
+int shardstream_decode(void* decoder, const Step* step, const Memory* memory, void* hidden) {
+  return static_cast<AnyDecoder*>(decoder)->run(*step, memory, hidden);
+}
+
+// `from_bfloat16`: whether `x` holds bfloat16 and not float32 numbers.
+void shardstream_linear(Threads* threads, int64_t kind, const Matrix* matrix, const void* x, int64_t from_bfloat16,
+                        uint64_t num_rows, uint64_t width, uint64_t num_outputs, float* out) {
+  const auto* floats = static_cast<const float*>(x);
+  const auto* halves = static_cast<const bfloat16*>(x);
+  if (kind == kFloat32) linear<Float32>(*threads, *matrix, floats, num_rows, width, num_outputs, out);
+  else if (kind == kBFloat16) linear<BFloat16>(*threads, *matrix, halves, num_rows, width, num_outputs, out);
+  else if (from_bfloat16) linear<Int8>(*threads, *matrix, halves, num_rows, width, num_outputs, out);
+  else linear<Int8>(*threads, *matrix, floats, num_rows, width, num_outputs, out);
+}
+
+void shardstream_attention(Threads* threads, int64_t kind, const Memory* memory, const Heads* heads, const Step* step,
+                           uint64_t window, double scaling, const float* query, const float* key, const float* value,
+                           float* out) {
+  if (kind == kFloat32) attention<Float32>(*threads, *memory, *heads, *step, window, scaling, query, key, value, out);
+  else attention<BFloat16>(*threads, *memory, *heads, *step, window, scaling, query, key, value, out);
+}
+
+Peers* shardstream_peers(const char* path, uint64_t rank, uint64_t count, uint64_t slot_bytes, double timeout_s) {
+  return join_peers(path, rank, count, slot_bytes, timeout_s);
+}
+
+void shardstream_leave_peers(Peers* peers) { delete peers; }
+
+int shardstream_sum(Peers* peers, float* numbers, uint64_t num) { return peers->sum(numbers, num); }
+
+int shardstream_gather(Peers* peers, const char* from, uint64_t num_bytes, char* to) {
+  return peers->gather(from, num_bytes, to);
+}
+
+}  // extern "C"

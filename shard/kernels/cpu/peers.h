@@ -1,0 +1,168 @@
+// Ranks on one host, each a process, exchanging through shared memory.
+//
+//     word of rank 0, word of rank 1, ...    rounds entered so far, a cache line each
+//     2 x slots                              one slot per rank; rounds use them alternately
+//
+// A round: each rank copies its bytes into its slot, publishes its word, waits for the others' words, reads their slots.
+// Two sets of slots suffice: who has entered round n + 1 has read all of round n, and nobody enters round n + 2 before
+// everybody has entered n + 1.
+//
+// A rank holds a lock on its byte of the file while it lives. The system takes the lock away with the process, however
+// that ends, so who waits can tell a slow rank from a dead one.
+#pragma once
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <time.h>
+
+#include <cerrno>
+
+#include "threads.h"
+
+namespace shardstream {
+
+enum PeerFault : int { kNone = 0, kDied = 1, kLate = 2 };
+
+constexpr long kSleepNanoseconds = 20'000'000;
+
+class Peers {
+ public:
+  Peers(void* memory, int file, size_t rank, size_t count, size_t slot_bytes, double timeout_s)
+      : memory_(static_cast<char*>(memory)), file_(file), rank_(rank), count_(count), slot_bytes_(slot_bytes),
+        timeout_s_(timeout_s) {}
+
+  ~Peers() {
+    munmap(memory_, bytes(count_, slot_bytes_));
+    close(file_);
+  }
+
+  Peers(const Peers&) = delete;
+  Peers& operator=(const Peers&) = delete;
+
+  static size_t bytes(size_t count, size_t slot_bytes) { return count * 64 + 2 * count * slot_bytes; }
+
+  size_t rank() const { return rank_; }
+  size_t count() const { return count_; }
+  size_t slot_bytes() const { return slot_bytes_; }
+
+  // Fills `num_bytes` of the own slot, and returns when all slots of the round can be read.
+  PeerFault enter(const void* from, size_t num_bytes) {
+    round_++;
+    memcpy(own_slot(), from, num_bytes);
+    word(rank_).store(round_);
+    if (sleepers().load()) futex(word(rank_), FUTEX_WAKE, INT_MAX);
+    for (size_t peer = 0; peer < count_; peer++) {
+      if (const PeerFault fault = await(peer)) return fault;
+    }
+    return kNone;
+  }
+
+  const char* slot(size_t peer) const {
+    return memory_ + count_ * 64 + ((round_ & 1) * count_ + peer) * slot_bytes_;
+  }
+
+  // Sums floats over the ranks, always in the order of the ranks, so that all get the same bits.
+  PeerFault sum(float* numbers, size_t num) {
+    const size_t most = slot_bytes_ / sizeof(float);
+    for (size_t start = 0; start < num; start += most) {
+      const size_t part = std::min(most, num - start);
+      if (const PeerFault fault = enter(numbers + start, part * sizeof(float))) return fault;
+      for (size_t i = 0; i < part; i++) {
+        float total = 0;
+        for (size_t peer = 0; peer < count_; peer++) total += reinterpret_cast<const float*>(slot(peer))[i];
+        numbers[start + i] = total;
+      }
+    }
+    return kNone;
+  }
+
+  // Joins every rank's bytes in the order of the ranks: `to` is [count, num_bytes].
+  PeerFault gather(const char* from, size_t num_bytes, char* to) {
+    for (size_t start = 0; start < num_bytes; start += slot_bytes_) {
+      const size_t part = std::min(slot_bytes_, num_bytes - start);
+      if (const PeerFault fault = enter(from + start, part)) return fault;
+      for (size_t peer = 0; peer < count_; peer++) memcpy(to + peer * num_bytes + start, slot(peer), part);
+    }
+    return kNone;
+  }
+
+ private:
+  std::atomic<uint32_t>& word(size_t peer) const { return *reinterpret_cast<std::atomic<uint32_t>*>(memory_ + peer * 64); }
+  // Beside the first rank's word: how many sleep until a word changes.
+  std::atomic<uint32_t>& sleepers() const { return *reinterpret_cast<std::atomic<uint32_t>*>(memory_ + 8); }
+  char* own_slot() { return const_cast<char*>(slot(rank_)); }
+
+  bool arrived(size_t peer) const {
+    return static_cast<int32_t>(word(peer).load(std::memory_order_acquire) - round_) >= 0;
+  }
+
+  PeerFault await(size_t peer) {
+    for (int looks = 0; looks < 2 * kLooksBeforeYield; looks++) {
+      if (arrived(peer)) return kNone;
+      if (looks < kLooksBeforeYield) _mm_pause();
+      else sched_yield();
+    }
+    const double deadline = now_s() + timeout_s_;
+    while (!arrived(peer)) {
+      if (!alive(peer) && !arrived(peer)) return kDied;
+      if (now_s() > deadline) return kLate;
+      sleep_until_changed(peer);
+    }
+    return kNone;
+  }
+
+  void sleep_until_changed(size_t peer) {
+    const timespec most{0, kSleepNanoseconds};
+    sleepers().fetch_add(1);
+    const uint32_t seen = word(peer).load();
+    if (!arrived(peer)) futex(word(peer), FUTEX_WAIT, seen, &most);
+    sleepers().fetch_sub(1);
+  }
+
+  bool alive(size_t peer) const {
+    struct flock lock = {};
+    lock.l_type = F_WRLCK;
+    lock.l_whence = SEEK_SET;
+    lock.l_start = static_cast<off_t>(peer);
+    lock.l_len = 1;
+    return peer == rank_ || fcntl(file_, F_OFD_GETLK, &lock) != 0 || lock.l_type != F_UNLCK;
+  }
+
+  static double now_s() {
+    timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
+  }
+
+  char* memory_;
+  int file_;
+  size_t rank_;
+  size_t count_;
+  size_t slot_bytes_;
+  double timeout_s_;
+  uint32_t round_ = 0;
+};
+
+// Maps `path` as one of `count` ranks and locks this rank's byte; null, with errno set, when that fails.
+inline Peers* join_peers(const char* path, size_t rank, size_t count, size_t slot_bytes, double timeout_s) {
+  const int file = open(path, O_RDWR | O_CLOEXEC);
+  if (file < 0) return nullptr;
+  struct flock lock = {};
+  lock.l_type = F_WRLCK;
+  lock.l_whence = SEEK_SET;
+  lock.l_start = static_cast<off_t>(rank);
+  lock.l_len = 1;
+  const size_t bytes = Peers::bytes(count, slot_bytes);
+  void* memory = MAP_FAILED;
+  if (fcntl(file, F_OFD_SETLK, &lock) == 0 && posix_fallocate(file, 0, static_cast<off_t>(bytes)) == 0) {
+    memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+  }
+  if (memory == MAP_FAILED) {
+    close(file);
+    return nullptr;
+  }
+  return new Peers(memory, file, rank, count, slot_bytes, timeout_s);
+}
+
+}  // namespace shardstream
