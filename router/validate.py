@@ -176,7 +176,6 @@ class Validator:
         max_beams = self.limits.max_num_beams
         _require(num_beams <= max_beams, f"`num_beams` must be > 0 and <= {max_beams}. Given: {num_beams}")
         if num_beams > 1:
-            _require(_or(best_of, 1) <= 1, _beams_exclude("best_of"))
             return num_beams
         if best_of is None or best_of <= 1:
             return manner.num_sequences
@@ -264,7 +263,7 @@ class Validator:
         _require(_or(p.num_beams, 1) > 0, "`num_beams` must be strictly positive")
         _require(
             abs(_or(p.length_penalty, 1.0)) <= MAX_LENGTH_PENALTY,
-            f"`length_penalty` must be >= -{MAX_LENGTH_PENALTY} and <= {MAX_LENGTH_PENALTY}",
+            f"`length_penalty` must be >= -{MAX_LENGTH_PENALTY} and <= {MAX_LENGTH_PENALTY}. Given: {p.length_penalty}",
         )
         if _or(p.num_beams, 1) > 1:
             _check_beams(p)
@@ -354,8 +353,8 @@ class Validator:
 
 def _check_beams(p: Parameters) -> None:
     """A search compares the model's own log-probabilities, so nothing may change or choose among them."""
-    _require(not _switches_sampling_on(p), "you must not use sampling when `num_beams` is > 1")
     for name, is_asked in (
+        ("best_of", _or(p.best_of, 1) > 1),
         ("stop", bool(p.stop)),
         ("repetition_penalty", _or(p.repetition_penalty, 1.0) != 1.0),
         ("frequency_penalty", _or(p.frequency_penalty, 0.0) != 0.0),
@@ -368,11 +367,8 @@ def _check_beams(p: Parameters) -> None:
         ("watermark", p.watermark),
         ("grammar", p.grammar is not None),
     ):
-        _require(not is_asked, _beams_exclude(name))
-
-
-def _beams_exclude(name: str) -> str:
-    return f"`{name}` is not supported when `num_beams` is > 1"
+        _require(not is_asked, f"`{name}` is not supported when `num_beams` is > 1")
+    _require(not _switches_sampling_on(p), "you must not use sampling when `num_beams` is > 1")
 
 
 def _beam_settings(p: Parameters) -> BeamSettings | None:

@@ -14,7 +14,6 @@ from pathlib import Path
 from shard.checkpoint import resolve
 
 
-
 def real_model() -> Path:
     """The bundled model's directory, converted if this is the first time."""
     return resolve("smollm2-135m-instruct").directory

@@ -11,7 +11,7 @@ from tokenizers import models, normalizers
 
 from router.api.schemas import GenerateParameters
 from router.config import Config
-from router.core.request import Request
+from router.core.request import BeamSettings, Request
 from router.errors import StartupError, ValidationError
 from router.validate import Capacity, Limits, Parameters, Validator
 from tests.http_app import CONFIG, Client, Json
@@ -57,7 +57,13 @@ RULES: list[tuple[str, Json, str]] = [
     ("a", {"min_p": -0.1}, "`min_p` must be >= 0.0 and <= 1.0"),
     ("a", {"no_repeat_ngram_size": 1001}, "`no_repeat_ngram_size` must be <= 1000. Given: 1001"),
     ("a", {"num_beams": 0}, "`num_beams` must be strictly positive"),
-    ("a", {"num_beams": 4}, "`num_beams` > 1 is not supported. Given: 4"),
+    ("a", {"length_penalty": 10.5}, "`length_penalty` must be >= -10.0 and <= 10.0. Given: 10.5"),
+    ("a", {"length_penalty": -10.5}, "`length_penalty` must be >= -10.0 and <= 10.0. Given: -10.5"),
+    (
+        "a",
+        {"num_beams": 2, "best_of": 2, "do_sample": True},
+        "`best_of` is not supported when `num_beams` is > 1",
+    ),
     ("a", {"logit_bias": {str(i): 1 for i in range(1025)}}, "`logit_bias` supports up to 1024 tokens. Given: 1025"),
     ("a", {"logit_bias": {"1": 101}}, "`logit_bias` values must be >= -100 and <= 100. Given: 101.0"),
     ("a", {"logit_bias": {str(VOCAB): 1}}, f"`logit_bias` keys must be token ids below {VOCAB}. Given: {VOCAB}"),
@@ -121,9 +127,35 @@ RULES: list[tuple[str, Json, str]] = [
     ("a", {"grammar": {"type": "json", "value": deep(300)}}, "grammar is not valid: Recursion limit reached"),
     ("a", {"adapter_id": "x"}, "`adapter_id` is not supported: no adapters are loaded"),
 ]
+# In the order in which they are checked, behind `best_of`'s above.
+BEAM_RULES: list[tuple[Json, str]] = [
+    ({"stop": ["x"]}, "`stop` is not supported when `num_beams` is > 1"),
+    ({"repetition_penalty": 1.5}, "`repetition_penalty` is not supported when `num_beams` is > 1"),
+    ({"frequency_penalty": 0.5}, "`frequency_penalty` is not supported when `num_beams` is > 1"),
+    ({"presence_penalty": 0.5}, "`presence_penalty` is not supported when `num_beams` is > 1"),
+    ({"min_p": 0.5}, "`min_p` is not supported when `num_beams` is > 1"),
+    ({"logit_bias": {"1": 1}}, "`logit_bias` is not supported when `num_beams` is > 1"),
+    ({"bad_words": ["x"]}, "`bad_words` is not supported when `num_beams` is > 1"),
+    (
+        {"no_repeat_ngram_size": 2},
+        "`no_repeat_ngram_size` is not supported when `num_beams` is > 1",
+    ),
+    ({"min_new_tokens": 2}, "`min_new_tokens` is not supported when `num_beams` is > 1"),
+    ({"watermark": True}, "`watermark` is not supported when `num_beams` is > 1"),
+    (
+        {"grammar": {"type": "regex", "value": "a"}},
+        "`grammar` is not supported when `num_beams` is > 1",
+    ),
+    ({"do_sample": True}, "you must not use sampling when `num_beams` is > 1"),
+    ({"temperature": 0.5}, "you must not use sampling when `num_beams` is > 1"),
+    ({"top_k": 3}, "you must not use sampling when `num_beams` is > 1"),
+    ({"top_p": 0.5}, "you must not use sampling when `num_beams` is > 1"),
+    ({"typical_p": 0.5}, "you must not use sampling when `num_beams` is > 1"),
+]
 STREAM_RULES: list[tuple[Json, str]] = [
     ({"best_of": 2, "do_sample": True}, "`best_of` != 1 is not supported when streaming tokens"),
     ({"best_of": 0}, "`best_of` != 1 is not supported when streaming tokens"),
+    ({"num_beams": 2}, "`num_beams` > 1 is not supported when streaming tokens"),
     ({"decoder_input_details": True}, "`decoder_input_details` == true is not supported when streaming tokens"),
 ]
 
@@ -132,7 +164,7 @@ STREAM_RULES: list[tuple[Json, str]] = [
 def test_every_broken_rule_is_a_422_with_its_sentence(path: str) -> None:
     client = Client()
     for inputs, parameters, sentence in RULES:
-        if path == "/generate_stream" and "best_of" in parameters:
+        if path == "/generate_stream" and ("best_of" in parameters or "num_beams" in parameters):
             continue
         response = client.post(path, {"inputs": inputs, "parameters": parameters})
 
@@ -163,6 +195,28 @@ def test_best_of_has_a_limit(max_best_of: int, best_of: int, sentence: str) -> N
     response = Client(max_best_of=max_best_of).post("/generate", {"inputs": "a", "parameters": {"best_of": best_of}})
 
     assert response.json()["error"] == f"Input validation error: {sentence}"
+
+
+def test_num_beams_has_a_limit() -> None:
+    client = Client(max_num_beams=3)
+
+    answers = [
+        client.post("/generate", {"inputs": "a", "parameters": {"num_beams": num_beams}}) for num_beams in (3, 4)
+    ]
+
+    assert [answer.status_code for answer in answers] == [200, 422]
+    assert answers[1].json()["error"] == "Input validation error: `num_beams` must be > 0 and <= 3. Given: 4"
+
+
+@pytest.mark.parametrize(("parameters", "sentence"), BEAM_RULES)
+def test_beams_exclude_what_changes_logits_or_chooses_among_tokens(parameters: Json, sentence: str) -> None:
+    client = Client()
+
+    response = client.post("/generate", {"inputs": "a", "parameters": parameters | {"num_beams": 2}})
+
+    expected = {"error": f"Input validation error: {sentence}", "error_type": "validation"}
+    assert (response.status_code, response.json()) == (422, expected)
+    assert client.engine.requests == []
 
 
 def together(earlier: Json, later: Json) -> Json | None:
@@ -201,6 +255,28 @@ def test_rules_of_the_parameters_come_before_those_of_the_inputs() -> None:
 
     words = [error.removeprefix("Input validation error: ").split()[0] for error in errors]
     assert words == ["`top_n_tokens`", "`inputs`", "`truncate`", "`inputs`"]
+
+
+@pytest.mark.parametrize("value", ["always", 1, 0.0, []])
+def test_early_stopping_is_true_false_or_never(value: object) -> None:
+    response = Client().post("/generate", {"inputs": "a", "parameters": {"early_stopping": value}})
+
+    assert response.status_code == 422
+    assert 'expected a boolean or "never"' in response.json()["error"]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "beams"),
+    [
+        ({}, None),
+        ({"num_beams": 1, "length_penalty": 2.0}, None),
+        ({"num_beams": 2}, BeamSettings(2, 1.0, False)),
+        ({"num_beams": 3, "length_penalty": -0.5, "early_stopping": "never"}, BeamSettings(3, -0.5, "never")),
+        ({"num_beams": 8, "early_stopping": True, "temperature": 1.0, "top_k": 0}, BeamSettings(8, 1.0, True)),
+    ],
+)
+def test_beams_reach_the_request(parameters: Json, beams: BeamSettings | None) -> None:
+    assert request_for(parameters).beams == beams
 
 
 def test_a_grammar_that_has_not_the_form_of_one_is_an_unfit_body() -> None:
@@ -384,8 +460,7 @@ def test_best_of_makes_requests_that_differ_in_nothing_but_their_seeds() -> None
 def test_body_and_parameters_know_the_same_names() -> None:
     body, known = set(GenerateParameters.model_fields), {field.name for field in fields(Parameters)}
 
-    assert known <= body
-    assert body - known == {"early_stopping", "length_penalty"}
+    assert body == known
 
 
 def test_inputs_without_tokens_count_as_empty() -> None:
