@@ -87,7 +87,11 @@ def test_pickled_weights_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["/no/such/model", "./model", "../model", "a/b/c", "two words", "-flag", "model/"])
-def test_what_cannot_be_a_hub_id_is_not_looked_for_on_the_hub(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_a_hub_id_is_not_looked_for_on_the_hub(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setattr(shard.checkpoint, "_downloaded", lambda *_: pytest.fail("the hub was asked"))
 
     assert failure(name) == f"model {name!r}: no such directory"
