@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Final, NamedTuple, Protocol
 
 from router.beams import BeamGeneration
-from router.core.plan import StepPlan, Timings, TopTokens
+from router.core.plan import SampledToken, StepPlan, Timings, TopTokens
 from router.core.request import BeamSettings, FinishReason, Request, Sequence
 from router.core.scheduler import Counters, Emission, Limits, Scheduler
 from router.errors import GenerationFailed, GroupLost, NotReady, RouterError
@@ -60,6 +60,8 @@ class EngineSettings:
     load_timeout_s: float = 600.0
     """A rank that listens may take this long to load its weights."""
     prefix_caching: bool = True
+    max_drafts: int = 0
+    """Guessed tokens a row may verify."""
 
 
 class _Sent(NamedTuple):
@@ -125,7 +127,10 @@ class Engine:
         self._settings = settings
         self._supervisor = supervisor
         self._scheduler = Scheduler(
-            _limits(client.info), prefix_seed=prefix_seed, prefix_caching=settings.prefix_caching
+            _limits(client.info),
+            prefix_seed=prefix_seed,
+            prefix_caching=settings.prefix_caching,
+            max_drafts=settings.max_drafts,
         )
         self._runs: dict[Sequence, _Run] = {}
         self._sequences: dict[Generation, Sequence] = {}
@@ -157,6 +162,9 @@ class Engine:
             num_admitted_tokens=scheduler.counters.num_admitted_tokens,
             num_hit_tokens=scheduler.counters.num_hit_tokens,
             num_preemptions=scheduler.counters.num_preemptions,
+            num_forced_tokens=scheduler.counters.num_forced_tokens,
+            num_drafted_tokens=scheduler.counters.num_drafted_tokens,
+            num_rows_by_accepted=tuple(scheduler.counters.num_rows_by_accepted),
         )
 
     @property
@@ -362,16 +370,19 @@ class Engine:
         if emission.fault is not None:
             self._fail(sequence, GenerationFailed(emission.fault))
             return
-        if emission.token is None:
-            return
-        sampled = emission.token
-        piece = run.text.push(sampled.token_id, last=emission.finish is not None)
-        reason = emission.finish
+        for sampled in emission.tokens:
+            reason = emission.finish if sampled is emission.tokens[-1] else None
+            if self._publish_token(sequence, run, sampled, reason):
+                return
+
+    def _publish_token(self, sequence: Sequence, run: _Run, sampled: SampledToken, reason: FinishReason | None) -> bool:
+        """Whether the sequence ended with this token, which its text may decide too."""
+        piece = run.text.push(sampled.token_id, last=reason is not None)
         if piece.stopped and (reason is None or not sequence.request.keep_stop):
             reason = FinishReason.STOP_SEQUENCE  # at the last token allowed, TGI's clients expect `length`
             self._scheduler.finish(sequence, reason)
         run.num_events += 1
-        finish = None if reason is None else Finish(reason, run.text.text, sequence.num_generated)
+        finish = None if reason is None else Finish(reason, run.text.text, run.num_events)
         is_scored = sequence.request.prompt_logprobs and run.num_events == 1
         run.generation.publish(
             TokenEvent(
@@ -386,6 +397,7 @@ class Engine:
         self._metrics.count("shardstream_generated_tokens_count")
         if finish is not None:
             self._forget(sequence, finish)
+        return finish is not None
 
     def _top_tokens(self, top_tokens: TopTokens) -> tuple[Token, ...]:
         tokenizer = self._tokenizer
@@ -400,6 +412,10 @@ class Engine:
             count("tgi_request_failure", label="dropped")
         elif isinstance(outcome, RouterError):
             count("tgi_request_failure", label=outcome.error_type or "internal")
+            request = generation.request
+            logger.warning(
+                "Failure request_id=%s trace_id=%s: %s", request.request_id, request.trace_id or None, outcome
+            )
         else:
             count("tgi_request_success")
             observe("tgi_request_duration", generation.queue_s + generation.inference_s)
@@ -444,7 +460,7 @@ def _limits(info: GroupInfo) -> Limits:
 
 def _method(plan: StepPlan) -> str:
     """TGI's label: a step with prompt tokens in it is a prefill."""
-    return "prefill" if any(row.num_tokens > 1 for row in plan.rows) else "decode"
+    return "prefill" if plan.has_prompts else "decode"
 
 
 class _Pace:

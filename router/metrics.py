@@ -31,7 +31,9 @@ COUNTERS: Final[Mapping[str, Family]] = {
     "tgi_request_count": Family("Sequences submitted."),
     "tgi_request_success": Family("Sequences that ended by a rule."),
     "tgi_request_failure": Family(
-        "Requests that failed, by cause.", "err", ("overloaded", "validation", "incomplete", "dropped", "generation")
+        "Requests that failed, by cause.",
+        "err",
+        ("overloaded", "validation", "template", "incomplete", "dropped", "generation"),
     ),
     "tgi_batch_inference_count": Family("Steps sent to the shards.", "method", METHODS),
     "tgi_batch_inference_success": Family("Steps that returned.", "method", METHODS),
@@ -41,6 +43,11 @@ COUNTERS: Final[Mapping[str, Family]] = {
     "shardstream_router_step_seconds_sum": Family("Router time to plan, encode, decode and commit steps."),
     "shardstream_router_publish_seconds_sum": Family("Router time to detokenise and publish tokens."),
     "shardstream_generated_tokens_count": Family("Tokens generated."),
+    "shardstream_response_cache_count": Family(
+        "Requests that the response cache answered, shared a running answer for, or had computed.",
+        "outcome",
+        ("hit", "joined", "miss"),
+    ),
     "shardstream_cancelled_count": Family("Sequences ended by their client."),
     "shardstream_group_restarts_count": Family("Epochs lost and begun anew."),
     "shardstream_shard_wait_seconds_sum": Family("Rank 0: idle between steps."),
@@ -83,6 +90,10 @@ class Gauges:
     """This and the following are totals that the scheduler keeps."""
     num_hit_tokens: int = 0
     num_preemptions: int = 0
+    num_forced_tokens: int = 0
+    num_drafted_tokens: int = 0
+    num_rows_by_accepted: tuple[int, ...] = (0,)
+    """Of rows with drafts, how many had 0, 1, ... of them accepted."""
 
 
 @dataclass(slots=True)
@@ -160,14 +171,20 @@ class Metrics(Collector):
                 "Sequences sent back to the queue for want of blocks.",
                 gauges.num_preemptions,
             ),
+            ("shardstream_forced_tokens_count", "Tokens a grammar left no choice about.", gauges.num_forced_tokens),
+            ("shardstream_drafted_tokens_count", "Tokens guessed ahead.", gauges.num_drafted_tokens),
+            ("shardstream_accepted_tokens_count", "Of them those that were right.", _num_accepted(gauges)),
         ):
             yield UnknownMetricFamily(name, help_, value=value)
 
     def _skipped_tokens(self) -> Metric:
-        """Every row emits exactly one token, so all there is to know of this histogram is how many rows did."""
-        num_rows = self.value("shardstream_generated_tokens_count")
-        family = HistogramMetricFamily("tgi_request_skipped_tokens", "Tokens a row emitted beyond its first.")
-        family.add_metric([], buckets=[("0.0", num_rows), ("+Inf", num_rows)], sum_value=0.0)
+        """Every token that was not a draft is the first of a row."""
+        num_accepted = _num_accepted(self.gauges)
+        num_rows = self.value("shardstream_generated_tokens_count") - num_accepted
+        more = self.gauges.num_rows_by_accepted[1:]
+        buckets = [(f"{num}.0", num_rows - sum(more[num:])) for num in range(len(more) + 1)]
+        family = HistogramMetricFamily("tgi_request_skipped_tokens", "Drafts a row accepted beyond its first token.")
+        family.add_metric([], buckets=[*buckets, ("+Inf", num_rows)], sum_value=num_accepted)
         return family
 
     def _gauge_families(self) -> Iterator[Metric]:
@@ -181,6 +198,10 @@ class Metrics(Collector):
             ("shardstream_ready", "1 while the group serves.", float(gauges.ready)),
         ):
             yield GaugeMetricFamily(name, help_, value=value)
+
+
+def _num_accepted(gauges: Gauges) -> int:
+    return sum(num * num_rows for num, num_rows in enumerate(gauges.num_rows_by_accepted))
 
 
 def _hundredths(limit: int) -> tuple[float, ...]:

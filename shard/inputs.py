@@ -28,7 +28,10 @@ class PlanError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ModelInputs:
-    """One step as tensors. T tokens fed, E rows that emit, S scored prompt tokens."""
+    """One step as tensors. T tokens fed, E places where a token is chosen, S known tokens to be scored.
+
+    A row that emits has one such place, behind its last token, and one more before each of its drafts.
+    """
 
     input_ids: Tensor  # [T] int64
     positions: Tensor  # [T] int64
@@ -36,10 +39,14 @@ class ModelInputs:
     emit_rows: list[int]  # [E] index of the row in the plan
     emit_seats: list[int]  # [E]
     emit_positions: list[int]  # [E] index in its sequence of the token to be chosen
+    emit_drafts: list[
+        int | None
+    ]  # [E] the draft fed in that token's place, None behind a row's end; [] if there are none
     emit_index: Tensor  # [E] int64, into the T tokens
     target_index: Tensor  # [S] int64, into the T tokens
     targets: Tensor  # [S] int64
     target_seats: list[int]  # [S]
+    target_positions: list[int]  # [S] index in its sequence of the target
 
 
 class Seats:
@@ -109,20 +116,30 @@ class Seats:
             block_size=self.block_size,
             device=self.device,
         )
-        emit = np.fromiter(plan.row_emit, dtype=np.bool_, count=len(seats))
+        num_chosen = _num_chosen(plan)
+        emit_rows = np.repeat(np.arange(len(seats)), num_chosen)  # [E]
+        num_before_end = np.repeat(np.cumsum(num_chosen), num_chosen) - np.arange(
+            len(emit_rows)
+        )  # [E] 1 at a row's end
         target_index, target_rows = _target_index(plan, query_starts)
         return ModelInputs(
             input_ids=self._input_ids(plan, seats, query_starts),
             positions=torch.from_numpy(positions).to(self.device),
             batch=batch,
-            emit_rows=np.flatnonzero(emit).tolist(),
-            emit_seats=seats[emit].tolist(),
-            emit_positions=context_lens[emit].tolist(),
-            emit_index=torch.from_numpy(query_starts[1:][emit] - 1).to(self.device),
+            emit_rows=emit_rows.tolist(),
+            emit_seats=seats[emit_rows].tolist(),
+            emit_positions=(context_lens[emit_rows] - num_before_end + 1).tolist(),
+            emit_drafts=_emit_drafts(plan) if plan.row_num_drafts else [],
+            emit_index=torch.from_numpy(query_starts[1:][emit_rows] - num_before_end).to(self.device),
             target_index=torch.from_numpy(target_index).to(self.device),
             targets=torch.tensor(plan.targets, dtype=torch.int64, device=self.device),
             target_seats=seats[target_rows].tolist(),
+            target_positions=(positions[target_index] + 1).tolist(),
         )
+
+    def rewind(self, seat: int, num_tokens: int) -> None:
+        """Counts a seat's last tokens as never fed; the next ones take their places."""
+        self._num_tokens[seat] -= num_tokens
 
     def _append_new_blocks(self, plan: pb.StepPlan) -> None:
         start = 0
@@ -148,6 +165,34 @@ class Seats:
             places = torch.from_numpy(query_starts[:-1][fed]).to(self.device)
             input_ids[places] = self.last_token[torch.from_numpy(seats[fed]).to(self.device)]
         return input_ids
+
+
+def num_drafts(plan: pb.StepPlan) -> Int64Array:
+    """[rows] how many of each row's last literals are drafts."""
+    if not plan.row_num_drafts:
+        return np.zeros(len(plan.row_seat), dtype=np.int64)
+    return np.fromiter(plan.row_num_drafts, dtype=np.int64, count=len(plan.row_seat))
+
+
+def _num_chosen(plan: pb.StepPlan) -> Int64Array:
+    """[rows] how many tokens are chosen for each row. Raises `PlanError` for drafts that follow nothing."""
+    emit = np.fromiter(plan.row_emit, dtype=np.int64, count=len(plan.row_seat))
+    drafts = num_drafts(plan)
+    num_literals = np.fromiter(plan.row_num_literals, dtype=np.int64, count=len(emit))
+    if ((drafts > 0) & ((emit == 0) | (drafts >= num_literals))).any():
+        raise PlanError("a row has drafts, but does not emit or has no token before them")
+    return emit * (1 + drafts)
+
+
+def _emit_drafts(plan: pb.StepPlan) -> list[int | None]:
+    """[E] for each token to be chosen the draft in its place, if there is one."""
+    drafts: list[int | None] = []
+    end = 0
+    for num_literals, num, emit in zip(plan.row_num_literals, plan.row_num_drafts, plan.row_emit, strict=True):
+        end += num_literals
+        if emit:
+            drafts += [*plan.literals[end - num : end], None]
+    return drafts
 
 
 def _target_index(plan: pb.StepPlan, query_starts: Int64Array) -> tuple[Int64Array, Int64Array]:

@@ -42,6 +42,7 @@ async def engine_over(
     max_seats: int = 64,
     lookahead: int = 1,
     prefix_caching: bool = True,
+    max_drafts: int = 0,
     step_timeout_s: float = 120.0,
     metrics: Metrics | None = None,
     restart: Callable[[], Awaitable[None]] = nobody_restarts,
@@ -50,7 +51,7 @@ async def engine_over(
     demands = Demands(max_seats, max_step_tokens, max_kv_tokens)
     client = GroupClient(addresses, demands)
     await client.connect(find_s=LOAD_S, load_s=LOAD_S)
-    settings = EngineSettings(lookahead, step_timeout_s, LOAD_S, LOAD_S, prefix_caching)
+    settings = EngineSettings(lookahead, step_timeout_s, LOAD_S, LOAD_S, prefix_caching, max_drafts)
     metrics = metrics or Metrics(max_input_tokens=1000, max_total_tokens=1000)
     engine = Engine(client, tokenizer, metrics, settings, prefix_seed=b"test", supervisor=Restarter(restart))
     loop = asyncio.create_task(engine.run())

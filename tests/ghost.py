@@ -27,7 +27,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from hashlib import blake2b
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Final
 
@@ -46,6 +46,12 @@ DEFAULT_VOCAB_SIZE: Final = 97
 SERVICE_NAME: Final = "shardstream.v1.Shard"
 BYTES_PER_BLOCK: Final = 1024
 PR_SET_PDEATHSIG: Final = 1
+COPYING_SEED: Final = 2**32
+"""Seeds from here on make the ghost repeat itself."""
+
+
+COPYING: Final = b"copying"
+"""How rules begin under such a seed."""
 
 
 # What the ghost says, as functions of what it sees
@@ -60,7 +66,15 @@ def _hash(content: bytes) -> int:
 
 
 def choose(history: Sequence[int], rules: bytes, vocab_size: int) -> int:
-    return 1 + _hash(rules + _pack(history)) % (vocab_size - 1)
+    """Under rules that copy, mostly what followed the latest earlier occurrence of the last two tokens."""
+    drawn = _hash(rules + _pack(history))
+    if rules.startswith(COPYING) and drawn % 8:
+        pairs = zip(history, history[1:], history[2:], strict=False)
+        followers = [token for *pair, token in pairs if pair == list(history[-2:])]
+        if followers:
+            return followers[-1]
+        return 1 + drawn // 8 % 4
+    return 1 + drawn % (vocab_size - 1)
 
 
 def score(history: Sequence[int], token: int) -> float:
@@ -74,9 +88,24 @@ def likeliest(history: Sequence[int], num_tokens: int, vocab_size: int) -> list[
     return sorted(((token, score(history, token)) for token in tokens), key=lambda pair: -pair[1])
 
 
-def make_rules(sampling: pb.Sampling, num_prompt_tokens: int) -> bytes:
+def make_rules(sampling: pb.Sampling, num_prompt_tokens: int, grammar: str) -> bytes:
     """All that choosing depends on besides the history; whatever is lost of it changes every token."""
-    return sampling.SerializeToString(deterministic=True) + _pack([num_prompt_tokens])
+    rules = sampling.SerializeToString(deterministic=True) + _pack([num_prompt_tokens]) + grammar.encode()
+    return COPYING + rules if sampling.seed >= COPYING_SEED else rules
+
+
+def forced_run(history: Sequence[int], rules: bytes, grammar: str, vocab_size: int) -> list[int]:
+    """What the ghost says ahead of time after the history: under the grammar "force:P/Q", the next few tokens in P of Q
+    cases. They are those it would choose one by one, so the oracle need not know."""
+    if not grammar:
+        return []
+    parts, cases = map(int, grammar.removeprefix("force:").split("/"))
+    drawn = _hash(b"force" + _pack(history))
+    tokens = list(history)
+    if drawn % cases < parts:
+        for _ in range(1 + drawn // cases % 9):
+            tokens.append(choose(tokens, rules, vocab_size))
+    return tokens[len(history) :]
 
 
 def digest_of(token_ids: Sequence[int]) -> int:
@@ -106,10 +135,11 @@ def oracle(
     *,
     eos_token_ids: Sequence[int] = (),
     sampling: Sampling | None = None,
+    grammar: str = "",
     vocab_size: int = DEFAULT_VOCAB_SIZE,
 ) -> list[int]:
     """The tokens a ghost group must generate, one after the other and alone."""
-    rules = make_rules(sampling_message(sampling or Sampling()), len(prompt))
+    rules = make_rules(sampling_message(sampling or Sampling()), len(prompt), grammar)
     tokens = list(prompt)
     while len(tokens) < len(prompt) + max_new_tokens:
         tokens.append(choose(tokens, rules, vocab_size))
@@ -141,10 +171,13 @@ class _Seat:
     num_tokens: int
     num_prompt_tokens: int
     sampling: pb.Sampling
+    grammar: str
     rules: bytes
     history: list[int]
     num_hit_tokens: int
     last: int | None = None
+    forced: list[int] = field(default_factory=list)
+    """Tokens it promised to emit next, or to be fed with."""
     faulted: bool = False
 
 
@@ -157,6 +190,7 @@ class _Row:
     num_tokens: int
     emit: bool
     targets: list[int]
+    drafts: list[int]
 
 
 class GhostState:
@@ -193,8 +227,10 @@ class GhostState:
         for index in fault_rows:
             rows[index].seat.faulted = True
         output = pb.StepOutput(step=plan.step)
-        for index, row in enumerate(rows):
-            self._answer_row(output, index, row)
+        forced = [self._answer_row(output, index, row) for index, row in enumerate(rows)]
+        if any(forced):
+            output.row_num_forced.extend(map(len, forced))
+            output.forced_token_ids.extend(chain.from_iterable(forced))
         output.digest = digest_of(output.token_ids)
         return output
 
@@ -208,13 +244,20 @@ class GhostState:
         num_cached, blocks = open_.num_cached_tokens, list(open_.blocks)
         _require(num_cached == len(blocks) * self._block_size, f"{num_cached} cached tokens in {len(blocks)} blocks")
         _require(open_.num_prompt_tokens > 0, "a sequence without a prompt")
-        num_history = num_cached if _looks_back(open_.sampling) else 0
+        num_history = num_cached if _looks_back(open_.sampling) or open_.grammar else 0
         _require(len(open_.history) == num_history, f"{len(open_.history)} tokens of history, expected {num_history}")
         self._check_blocks(blocks)
         self._num_tables.update(blocks)
-        rules = make_rules(open_.sampling, open_.num_prompt_tokens)
+        rules = make_rules(open_.sampling, open_.num_prompt_tokens, open_.grammar)
         self.seats[open_.seat] = _Seat(
-            blocks, num_cached, open_.num_prompt_tokens, open_.sampling, rules, list(open_.history), num_cached
+            blocks,
+            num_cached,
+            open_.num_prompt_tokens,
+            open_.sampling,
+            open_.grammar,
+            rules,
+            list(open_.history),
+            num_cached,
         )
 
     def _check_new_blocks(self, blocks: list[int]) -> None:
@@ -234,6 +277,8 @@ class GhostState:
         )  # fmt: skip
         _require(num_rows > 0, "a plan without rows")
         _require(all(len(column) == num_rows for column in columns), "columns of unequal length")
+        num_drafts = list(plan.row_num_drafts) or [0] * num_rows
+        _require(len(num_drafts) == num_rows, "drafts of other rows")
         _require(len(dict.fromkeys(plan.row_seat)) == num_rows, "two rows of one seat")
         num_tokens = sum(plan.row_num_tokens)
         _require(num_tokens <= self._max_step_tokens, f"{num_tokens} tokens, at most {self._max_step_tokens}")
@@ -246,9 +291,10 @@ class GhostState:
                 list(islice(new_blocks, num_new_blocks)),
                 emit,
                 list(islice(targets, num_targets)),
+                drafts,
             )
-            for number, num_tokens, num_literals, num_new_blocks, emit, num_targets in zip(
-                plan.row_seat, *columns, strict=True
+            for number, num_tokens, num_literals, num_new_blocks, emit, num_targets, drafts in zip(
+                plan.row_seat, *columns, num_drafts, strict=True
             )
         ]
         rest = [*literals, *new_blocks, *targets]
@@ -256,7 +302,14 @@ class GhostState:
         return rows
 
     def _write_row(
-        self, number: int, num_tokens: int, literals: list[int], new_blocks: list[int], emit: bool, targets: list[int]
+        self,
+        number: int,
+        num_tokens: int,
+        literals: list[int],
+        new_blocks: list[int],
+        emit: bool,
+        targets: list[int],
+        num_drafts: int,
     ) -> _Row:
         _require(number in self.seats, f"a row of seat {number}, which is not open")
         seat = self.seats[number]
@@ -269,9 +322,14 @@ class GhostState:
         for position, token in enumerate(literals or self._last_token(seat, num_tokens), start=first):
             _require(token < self._vocab_size, f"token {token} in a vocabulary of {self._vocab_size}")
             self._slots[self._slot(seat, position)] = (token, position)
+        known, drafts = literals[: len(literals) - num_drafts], literals[len(literals) - num_drafts :]
+        if drafts:
+            _check_drafts(seat, known, emit)
+        if known and not seat.faulted:
+            _keep_promise(seat, known)
         seat.num_tokens = end
-        _check_targets(seat, first, literals, targets)
-        return _Row(seat, first, num_tokens, emit, targets)
+        _check_targets(seat, first, known, targets)
+        return _Row(seat, first, num_tokens, emit, targets, drafts)
 
     def _last_token(self, seat: _Seat, num_tokens: int) -> list[int]:
         _require(num_tokens == 1, f"{num_tokens} tokens without literals")
@@ -284,22 +342,40 @@ class GhostState:
     def _slot(self, seat: _Seat, position: int) -> int:
         return seat.table[position // self._block_size] * self._block_size + position % self._block_size
 
-    def _answer_row(self, output: pb.StepOutput, index: int, row: _Row) -> None:
+    def _answer_row(self, output: pb.StepOutput, index: int, row: _Row) -> list[int]:
+        """Returns the tokens it promises."""
         seat = row.seat
         history = self._see(seat, row.first + row.num_tokens)
         if history is not None and seat.history:
             _require(seat.history == history[: seat.num_hit_tokens], "the history is not what the hit blocks hold")
         for position, target in enumerate(row.targets, start=row.first + 1):
             output.target_logprobs.append(BAD_SCORE if history is None else score(history[:position], target))
-            tops = likeliest((history or [])[:position], seat.sampling.prompt_top_n_tokens, self._vocab_size)
+            is_prompt = position < seat.num_prompt_tokens
+            num_tops = seat.sampling.prompt_top_n_tokens if is_prompt else seat.sampling.top_n_tokens
+            tops = likeliest((history or [])[:position], num_tops, self._vocab_size)
             output.target_num_top.append(len(tops))
             output.target_top_token_ids.extend(token for token, _ in tops)
             output.target_top_logprobs.extend(logprob for _, logprob in tops)
-        output.row_num_emitted.append(int(row.emit and not seat.faulted))
         if seat.faulted:
+            output.row_num_emitted.append(0)
             output.row_faults.add(row=index, message=f"row {index} failed")
-        elif row.emit:
-            self._emit(output, seat, history)
+            return []
+        if row.drafts:
+            self._verify(output, row)
+            return []
+        output.row_num_emitted.append(int(row.emit))
+        return self._emit(output, seat, history) if row.emit else []
+
+    def _verify(self, output: pb.StepOutput, row: _Row) -> None:
+        """Emits behind the last known token and behind each draft that was right; forgets the others."""
+        seat, num_known = row.seat, row.first + row.num_tokens - len(row.drafts)
+        num_right = 0
+        self._emit(output, seat, self._see(seat, num_known))
+        while num_right < len(row.drafts) and seat.last == row.drafts[num_right]:
+            num_right += 1
+            self._emit(output, seat, self._see(seat, num_known + num_right))
+        seat.num_tokens = num_known + num_right
+        output.row_num_emitted.append(1 + num_right)
 
     def _see(self, seat: _Seat, num_tokens: int) -> list[int] | None:
         """The tokens that the table shows from the start to here; None if any slot is not what it should be."""
@@ -308,14 +384,24 @@ class GhostState:
         history = [slot[0] for position, slot in enumerate(shown) if slot is not None and slot[1] == position]
         return history if len(history) == num_tokens else None
 
-    def _emit(self, output: pb.StepOutput, seat: _Seat, history: list[int] | None) -> None:
-        seat.last = BAD_TOKEN if history is None else choose(history, seat.rules, self._vocab_size)
-        output.token_ids.append(seat.last)
-        output.logprobs.append(BAD_SCORE if history is None else score(history, seat.last))
+    def _emit(self, output: pb.StepOutput, seat: _Seat, history: list[int] | None) -> list[int]:
+        token = BAD_TOKEN if history is None else choose(history, seat.rules, self._vocab_size)
+        seat.last = token
+        output.token_ids.append(token)
+        output.logprobs.append(BAD_SCORE if history is None else score(history, token))
         tops = likeliest(history or [], seat.sampling.top_n_tokens, self._vocab_size)
         output.num_top.append(len(tops))
         output.top_token_ids.extend(token for token, _ in tops)
         output.top_logprobs.extend(logprob for _, logprob in tops)
+        return self._promise(seat, [*(history or []), token])
+
+    def _promise(self, seat: _Seat, history: list[int]) -> list[int]:
+        """Once in a while, says what will follow; not again before that has come."""
+        if seat.forced:
+            _require(history[-1] == seat.forced.pop(0), "another token was emitted than was promised")
+            return []
+        seat.forced = forced_run(history, seat.rules, seat.grammar, self._vocab_size)
+        return list(seat.forced)
 
 
 def _looks_back(sampling: pb.Sampling) -> bool:
@@ -324,11 +410,25 @@ def _looks_back(sampling: pb.Sampling) -> bool:
     return any(getattr(sampling, n) != getattr(neutral, n) for n in names) or bool(sampling.bad_words)
 
 
+def _keep_promise(seat: _Seat, literals: list[int]) -> None:
+    """Literals go on where the seat is: with the last sampled token, if that was not fed, and then with forced ones."""
+    known = [*([] if seat.last is None else [seat.last]), *seat.forced]
+    _require(not known or literals == known[: len(literals)], f"literals {literals}, but {known} were to come")
+    seat.forced = known[len(literals) :]
+    seat.last = None
+
+
+def _check_drafts(seat: _Seat, known: list[int], emit: bool) -> None:
+    _require(bool(known) and emit, "drafts behind nothing, or in a row that does not emit")
+    _require(not (seat.grammar or _looks_back(seat.sampling)), "drafts under rules that change with every token")
+
+
 def _check_targets(seat: _Seat, first: int, literals: list[int], targets: list[int]) -> None:
     if not targets:
         return
     _require(len(targets) <= len(literals), f"{len(targets)} targets for {len(literals)} literals")
-    _require(first + len(targets) < seat.num_prompt_tokens, "a target behind the prompt")
+    is_prompt = first + len(targets) < seat.num_prompt_tokens
+    _require(is_prompt or bool(seat.grammar), "a target behind the prompt that nothing forced")
     known = literals[1 : 1 + len(targets)]
     _require(targets[: len(known)] == known, f"targets {targets} do not follow the literals {literals}")
 

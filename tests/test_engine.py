@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from router.core.request import FinishReason, Sampling
+from router.core.request import FinishReason, Request, Sampling
 from router.engine import Engine, TokenEvent
 from router.errors import GenerationFailed, GroupLost, NotReady, StartupError
 from router.group.client import Demands, GroupClient
@@ -289,20 +289,20 @@ def test_sampling_reaches_the_shards_and_survives_a_replay(tokenizer: Tokenizer)
 
 def test_an_engine_that_shuts_down_refuses_and_drains(tokenizer: Tokenizer) -> None:
     async def act(group: GhostGroup, engine: Engine, metrics: Metrics) -> None:
-        running = asyncio.create_task(collect(engine.submit(greedy([1, 2], 30))))
+        running = asyncio.create_task(collect(engine.submit(greedy([1, 2], 3))))
         endless = asyncio.create_task(collect(engine.submit(greedy([3, 4], 90))))
         await asyncio.sleep(0)
         engine.refuse("the server is shutting down")
 
         with pytest.raises(NotReady):
             engine.submit(greedy([5], 3))
-        await engine.drain(timeout_s=0.1)
+        await engine.drain(timeout_s=0.6)
         assert not engine.ready
-        assert ids(await running) == oracle([1, 2], 30)
+        assert ids(await running) == oracle([1, 2], 3)
         with pytest.raises(NotReady):
             await endless
 
-    over_ghosts(tokenizer, act, GhostSettings(step_delay_s=0.002))
+    over_ghosts(tokenizer, act, GhostSettings(step_delay_s=0.02))
 
 
 def test_a_sequence_whose_text_fails_fails_alone(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,6 +324,20 @@ def test_a_sequence_whose_text_fails_fails_alone(tokenizer: Tokenizer, monkeypat
         assert engine.gauges.kv_cache_utilization == 0
 
     over_ghosts(tokenizer, act)
+
+
+def test_a_sequence_that_fails_is_logged_by_its_names(tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:
+    async def act(group: GhostGroup, engine: Engine, metrics: Metrics) -> None:
+        generation = engine.submit(Request("one", (1, 2, 3), 10, trace_id="0af7"))
+        engine.fail_all("no more")
+
+        with pytest.raises(NotReady):
+            await collect(generation)
+
+    over_ghosts(tokenizer, act)
+
+    messages = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert messages == ["Failure request_id=one trace_id=0af7: no more"]
 
 
 def test_a_group_that_comes_back_with_another_model_is_given_up(tokenizer: Tokenizer) -> None:

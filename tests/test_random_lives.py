@@ -9,6 +9,7 @@ import pytest
 
 from router.core.request import FinishReason, Request, Sampling
 from router.core.scheduler import POISON_FAULT, Limits
+from tests.ghost import COPYING_SEED
 from tests.house import VOCAB_SIZE, House, make_request
 
 
@@ -20,7 +21,8 @@ class RandomLife:
         self.met: Counter[str] = Counter()
         depth = self.random.randint(1, 3)
         caching = self.random.random() < 0.85
-        self.house = House(self._draw_limits(), depth=depth, prefix_caching=caching)
+        max_drafts = self.random.choice((0, 1, 3, 6))
+        self.house = House(self._draw_limits(), depth=depth, prefix_caching=caching, max_drafts=max_drafts)
         self.num_to_come = self.random.randint(4, 20)
         self.crash_chance = self.random.choice((0.0, 0.01, 0.03, 0.2))
         self.common_prompt = [self.random.randrange(5) for _ in range(40)]
@@ -46,6 +48,8 @@ class RandomLife:
         chance = self.random.random
         if self.num_to_come and chance() < 0.5:
             self._arrive()
+        if chance() < 0.3:
+            self.house.fill()  # so that what follows happens amid whatever can be in flight
         if chance() < 0.02:
             self._end_one()
         if chance() < self.crash_chance:
@@ -64,7 +68,8 @@ class RandomLife:
 
     def _draw_request(self) -> Request:
         chance, draw = self.random.random, self.random.randint
-        sampling = Sampling(seed=draw(0, 3)) if chance() < 0.8 else self._draw_sampling()
+        copying = COPYING_SEED if chance() < 0.5 else 0
+        sampling = Sampling(seed=copying + draw(0, 3)) if chance() < 0.8 else self._draw_sampling()
         return Request(
             request_id="r",
             prompt=tuple(self._draw_prompt()),
@@ -72,6 +77,7 @@ class RandomLife:
             sampling=sampling,
             eos_token_ids=tuple(draw(1, VOCAB_SIZE - 1) for _ in range(draw(0, 4))),
             prompt_logprobs=chance() < 0.25,
+            grammar=self.random.choice(("force:1/1", "force:1/3", "force:1/9")) if chance() < 0.4 else "",
             priority=draw(-1, 1) if chance() < 0.3 else 0,
             cache_salt=b"tenant" if chance() < 0.1 else b"",
         )
@@ -117,11 +123,18 @@ class RandomLife:
         self.met["deaths" if died else "reconnects"] += 1
         self.met["deaths in flight"] += died and self.house.scheduler.num_outstanding > 0
         self.met["new limits"] += limits is not None
+        self.met["deaths amid forced tokens"] += self._num_amid_forced()
+        self.met["deaths amid drafts"] += any(sequence.num_drafts for sequence in self.house.expected)
         for end in self.house.crash(limits, died=died):
             assert end.fault is not None
             is_poison = end.fault == POISON_FAULT
             assert not is_poison or len(in_flight) == 1, f"sequence {end.sequence.arrival} was not alone at its death"
             self.met["poisoned" if is_poison else "no longer fits"] += 1
+
+    def _num_amid_forced(self) -> int:
+        """Sequences that run and know tokens whose score they do not know."""
+        running = self.house.scheduler.running
+        return sum(s.num_prompt_tokens <= s.num_scored < len(s.tokens) for s in running)
 
     def _check_nothing_is_left(self) -> None:
         house = self.house
@@ -142,6 +155,9 @@ class RandomLife:
             "preemptions": counters.num_preemptions,
             "hit tokens": counters.num_hit_tokens,
             "drains": counters.num_drains,
+            "forced tokens": counters.num_forced_tokens,
+            "accepted drafts": sum(counters.num_rows_by_accepted[1:]),
+            "drafts of which none was accepted": counters.num_rows_by_accepted[0],
             "dropped tokens": counters.num_dropped_tokens,
             "replays": counters.num_replays,
             "chunks that do not emit": sum(not row.emit for row in rows),
@@ -155,7 +171,8 @@ SITUATIONS = (
     *("depth 1", "depth 2", "depth 3", "refused", "ended while waiting", "ended while running", "deaths"),
     *("deaths in flight", "reconnects", "new limits", "poisoned", "no longer fits", "preemptions", "hit tokens"),
     *("drains", "dropped tokens", "replays", "chunks that do not emit", "rows without literals"),
-    *("opens with history", "replayed prompt logprobs"),
+    *("opens with history", "replayed prompt logprobs", "forced tokens", "deaths amid forced tokens"),
+    *("accepted drafts", "drafts of which none was accepted", "deaths amid drafts"),
 )
 
 

@@ -17,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from router.core.request import Sampling
+from router.core.scheduler import Counters
 from router.engine import Engine, TokenEvent
 from router.text.tokenizer import Tokenizer
 from tests.engines import collect, engine_over, greedy, sampled
@@ -220,6 +221,28 @@ def test_equal_seeds_give_equal_text_in_any_batch(
             assert [event.token.id for event in alone] != reference.tokens[0][:32]
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), Sampling(do_sample=True, temperature=0.8, top_p=0.95, seed=7)], ids=["greedy", "drawn"]
+)
+def test_guessing_ahead_changes_no_token(shards: ShardProcesses, tokenizer: Tokenizer, sampling: Sampling) -> None:
+    copying = "<|im_start|>user\nRepeat this text:\n" + CONTEXT + "<|im_end|>\n<|im_start|>assistant\n" + CONTEXT[:40]
+    requests = [sampled(tokenizer.encode(text), NUM_NEW, sampling) for text in (copying, SUBJECTS[4])]
+
+    async def run(max_drafts: int) -> tuple[list[list[TokenEvent]], Counters]:
+        async with engine_over(shards.addresses, tokenizer, max_drafts=max_drafts) as engine:
+            return await asyncio.gather(*(collect(engine.submit(request)) for request in requests)), engine.counters
+
+    plain, without = asyncio.run(run(0))
+    guessed, counters = asyncio.run(run(4))
+
+    for events, others in zip(guessed, plain, strict=True):
+        assert [event.token.id for event in events] == [event.token.id for event in others]
+        wanted = [event.token.logprob for event in others]
+        assert [event.token.logprob for event in events] == pytest.approx(wanted, abs=LOGPROB_TOLERANCE)
+    assert sum(counters.num_rows_by_accepted[1:]) > 5
+    assert counters.num_rows < without.num_rows - 20
 
 
 def test_shards_outlive_a_router_that_says_goodbye(shards: ShardProcesses) -> None:

@@ -21,13 +21,17 @@ class Open:
     num_prompt_tokens: int
     sampling: Sampling
     history: list[int]
+    grammar: str = ""
+    request_id: str = ""
+    trace_id: str = ""
 
 
 class Row(NamedTuple):
     """One sequence's part in a step.
 
-    `literals` holds the row's `num_tokens` token ids, or is empty when the row feeds the seat's last sampled token.
-    `targets` are the tokens that follow the row's leading tokens, asked for prompt logprobs.
+    `literals` holds the row's `num_tokens` token ids, or is empty when the row feeds the seat's last sampled token. The
+    last `num_drafts` of them are guesses: the row emits as many tokens as agree with them, and one more.
+    `targets` are the tokens that follow the row's leading tokens, whose log-probabilities are asked for.
     """
 
     seat: int
@@ -36,6 +40,7 @@ class Row(NamedTuple):
     new_blocks: list[int]
     emit: bool
     targets: list[int]
+    num_drafts: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +51,9 @@ class StepPlan:
     closes: list[int]
     opens: list[Open]
     rows: list[Row]
+    has_prompts: bool = False
+    """Whether a row feeds more of what its sequence was admitted with than the last token."""
+    has_drafts: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -57,7 +65,7 @@ TopTokens = tuple[tuple[int, float], ...]
 
 
 class SampledToken(NamedTuple):
-    """A token a row emitted, with log-probabilities (natural log) under the model's raw logits."""
+    """A generated token with log-probabilities (natural log) under the model's raw logits."""
 
     token_id: int
     logprob: float
@@ -68,12 +76,14 @@ class RowOutput(NamedTuple):
     """What one row of the plan gave. A row with a `fault` emits nothing and its sequence cannot go on.
 
     `target_tops` has an entry per target, like `target_logprobs`, or none at all if no entry would hold a token.
+    `forced` are the only tokens that can follow the emitted ones, as far as the shard looked ahead.
     """
 
     tokens: tuple[SampledToken, ...] = ()
     target_logprobs: tuple[float, ...] = ()
     fault: str | None = None
     target_tops: tuple[TopTokens, ...] = ()
+    forced: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

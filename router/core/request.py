@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Literal
 
+from router.core.speculation import Speculation
+
 
 class FinishReason(Enum):
     """Why a sequence ended; the values are the native API's words."""
@@ -85,6 +87,10 @@ class Request:
     """Higher is served first."""
     cache_salt: bytes = b""
     """Prefix-cache blocks are shared only between requests of equal salt."""
+    trace_id: str = ""
+    """The client's trace that this is part of, for logs; empty: none."""
+    grammar: str = ""
+    """What the generated tokens must conform to, in the shards' own notation; empty: no restriction."""
     beams: BeamSettings | None = None
     """Search for the likeliest sequence; None: take its tokens one by one."""
 
@@ -99,8 +105,12 @@ class SequenceState(Enum):
 class Sequence:
     """One growing list of tokens and where the scheduler stands with it.
 
-    tokens   [ prompt ............ | generated ..... ] (in flight: sampled on the device, not yet known here)
-             [ num_planned .................. ]         KV written by plans already sent
+    tokens   [ prompt ............ | generated .. | forced ] (in flight: sampled on the device, not yet known here)
+             [ num_scored ....................... ]           nothing is left to learn of these
+             [ num_planned ............. ]                    KV written by plans already sent
+
+    Forced tokens are known before a row has come to them, because a grammar leaves no other choice. They are fed like
+    any known token; what the model thinks of them is learnt meanwhile.
     """
 
     request: Request
@@ -112,27 +122,35 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     num_planned: int = 0
     num_in_flight: int = 0
-    """Tokens being sampled by plans whose step has not returned."""
+    """Tokens being sampled by plans whose step has not returned; those that are forced are known and do not count."""
+    num_scored: int = field(init=False)
+    """Leading tokens whose log-probability is known or was not asked for. Those of a prompt have none or are received
+    in order, and so a replay does not ask twice."""
+    num_drafts: int = 0
+    """Guessed tokens that the row in flight verifies."""
+    speculation: Speculation | None = None
+    """Where the guesses come from; made when first needed."""
     num_registered_blocks: int = 0
     """Leading blocks already in the prefix index."""
     block_keys: list[bytes] = field(default_factory=list)
     """Prefix-index keys of the leading full blocks, computed once."""
-    num_prompt_scored: int = 0
-    """Prompt logprobs already received, so that a replay does not ask twice."""
     num_hit_tokens: int = 0
     """Tokens found in the prefix index when first admitted."""
     num_admissions: int = 0
+    num_admitted_tokens: int = 0
+    """Tokens known when last admitted: there are blocks for all of them."""
     num_preemptions: int = 0
     num_deaths: int = 0
     """Group deaths in a row at which this sequence was in flight, without a token in between."""
     finish_reason: FinishReason | None = None
     max_num_tokens: int = field(init=False)
-    """Length at which the sequence ends by itself."""
+    """Length at which the sequence ends by itself, as far as is known."""
     order: tuple[int, int] = field(init=False)
     """Place in the order of service, smallest first: higher priority, then earlier arrival. Unique."""
 
     def __post_init__(self) -> None:
         self.max_num_tokens = len(self.request.prompt) + self.request.max_new_tokens
+        self.num_scored = 1 if self.request.prompt_logprobs else len(self.request.prompt)
         self.order = (-self.request.priority, self.arrival)
 
     @property
@@ -140,5 +158,9 @@ class Sequence:
         return len(self.request.prompt)
 
     @property
-    def num_generated(self) -> int:
-        return len(self.tokens) - len(self.request.prompt)
+    def num_to_feed(self) -> int:
+        """Known or sampled tokens that another row would feed; 0 if what is in flight certainly ends the sequence."""
+        end = len(self.tokens) + self.num_in_flight
+        if end >= self.max_num_tokens:  # the last token is never fed
+            end = self.max_num_tokens - 1
+        return end - self.num_planned if end > self.num_planned else 0

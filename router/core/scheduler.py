@@ -9,6 +9,15 @@ Prefill, chunked prefill, decode, prefix hits, recompute after a preemption and 
 with other numbers. With a plan outstanding, the token being sampled is counted but not known: the next row carries no
 literal and the shard feeds what it sampled itself. How many plans are outstanding is the caller's choice.
 
+A grammar may leave one choice for many tokens. The shard then says so ahead of time, and they are known tokens from
+that moment on, fed as literals in one row. What they do not have yet is a log-probability, and no token is handed on
+without one: a row that was in flight already comes to the first of them as to any other token, and rows that feed them
+ask for the scores of those that follow. If they end the sequence, only those scores are waited for.
+
+While few sequences run, a row may also feed guesses at the tokens to come. It samples behind each of them and emits as
+many as agree. A guess needs every token before it to be known, and how many it brings is known only when it returns: so
+while there are good ones, nothing is planned ahead, for anybody. Sequences that took turns would lose more than that.
+
 Plans run in the order they were sent, so a block or a seat that is given back now may be given away in the very next
 plan: whatever earlier plans still write there happens before. The one thing this does not cover is a sequence that
 comes back with a token still on the device, and so nothing is preempted while a plan is outstanding.
@@ -19,6 +28,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Final, NamedTuple
 
 from router.core.blocks import BlockPool
@@ -26,8 +36,12 @@ from router.core.line import Line
 from router.core.plan import Open, Row, RowOutput, SampledToken, StepOutput, StepPlan, TopTokens
 from router.core.prefix import PrefixHasher
 from router.core.request import FinishReason, Request, Sequence, SequenceState
+from router.core.speculation import Speculation
 
 NUM_DEATHS_BEFORE_PROBATION: Final = 2
+MAX_GUESSING_ROWS: Final = 4
+"""In a larger batch a row's guesses cost as much as tokens that are certain to be used."""
+CONTRADICTION_FAULT: Final = "another token came than the grammar had left"
 POISON_FAULT: Final = "the shards died each time they worked on it"
 
 
@@ -54,10 +68,13 @@ class Limits:
 
 
 class Emission(NamedTuple):
-    """What a step gave one sequence. `finish` and `fault` are final; at most one of them is set."""
+    """What a step gave one sequence. `finish` and `fault` are final; at most one of them is set.
+
+    `finish` is that of the last of the tokens.
+    """
 
     sequence: Sequence
-    token: SampledToken | None = None
+    tokens: tuple[SampledToken, ...] = ()
     finish: FinishReason | None = None
     prompt_logprobs: tuple[float, ...] = ()
     """Scores of the next prompt tokens; the first ever received is that of the prompt's second token."""
@@ -75,6 +92,8 @@ class Counters:
     num_rows: int = 0
     num_fed_tokens: int = 0
     num_emitted_tokens: int = 0
+    num_forced_tokens: int = 0
+    """Of them known before a row came to them."""
     num_dropped_tokens: int = 0
     """Emitted by rows whose sequence had ended before they came back."""
     num_admissions: int = 0
@@ -87,6 +106,9 @@ class Counters:
     num_replays: int = 0
     """Sequences that ran when an epoch ended."""
     num_poisoned: int = 0
+    num_rows_by_accepted: list[int] = field(default_factory=list)
+    """Of rows with drafts, how many had 0, 1, ... of them accepted."""
+    num_drafted_tokens: int = 0
 
 
 class _Sent(NamedTuple):
@@ -101,6 +123,10 @@ class _Draft:
     """A plan being built."""
 
     budget: int
+    num_spare_blocks: int = 0
+    """Free ones beyond those that the rows to come need."""
+    has_prompts: bool = False
+    has_drafts: bool = False
     opens: list[Open] = field(default_factory=list)
     opened: list[Sequence] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
@@ -114,8 +140,11 @@ class Scheduler:
     in order. `plan()` returning None with nothing outstanding means that there is nothing to do.
     """
 
-    def __init__(self, limits: Limits, *, prefix_seed: bytes = b"", prefix_caching: bool = True) -> None:
-        self.counters = Counters()
+    def __init__(
+        self, limits: Limits, *, prefix_seed: bytes = b"", prefix_caching: bool = True, max_drafts: int = 0
+    ) -> None:
+        self.counters = Counters(num_rows_by_accepted=[0] * (max_drafts + 1))
+        self._max_drafts = max_drafts
         self._prefix_seed = prefix_seed
         self._prefix_caching = prefix_caching
         self._waiting = Line()
@@ -238,20 +267,24 @@ class Scheduler:
         suspect = self._probation.first
         if suspect is not None:
             return self._plan_alone(suspect)
+        if self._outstanding and self._outstanding[-1].plan.has_drafts:
+            return None
         decodes, prompts = self._split_running()
-        while self._is_short_of_blocks(decodes):
+        if self._outstanding and any(self._guess(sequence, self._max_drafts) for sequence in self._guessing(decodes)):
+            return None
+        while (num_spare_blocks := self._num_spare_blocks(decodes)) < 0:
             if not self._may_preempt():
                 return None
             self._preempt(next(reversed(self._running)))
             decodes, prompts = self._split_running()
-        draft = _Draft(self._limits.max_step_tokens)
-        for sequence in decodes:
-            self._add_row(draft, sequence)
+        draft = _Draft(self._limits.max_step_tokens, num_spare_blocks)
+        self._add_decodes(draft, decodes)
         self._add_prompts(draft, prompts)
         return self._send(draft)
 
     def _split_running(self) -> tuple[list[Sequence], list[Sequence]]:
-        """Running sequences that have one token to feed, as many as the budget allows, and those that have more.
+        """Running sequences that have come to the end of what they were admitted with, and those that have more of it
+        to feed.
 
         Left out are those that certainly end with what is in flight: another row would be wasted. Runs over every
         running sequence in every step.
@@ -259,17 +292,61 @@ class Scheduler:
         decodes: list[Sequence] = []
         prompts: list[Sequence] = []
         for sequence in self._running:
-            num_tokens = len(sequence.tokens) + sequence.num_in_flight
-            if num_tokens >= sequence.max_num_tokens:
+            if not sequence.num_to_feed:
                 continue
-            (decodes if num_tokens - sequence.num_planned == 1 else prompts).append(sequence)
-        return decodes[: self._limits.max_step_tokens], prompts
+            if sequence.num_planned < sequence.num_admitted_tokens - 1:
+                prompts.append(sequence)
+            else:
+                decodes.append(sequence)
+        return decodes, prompts
 
-    def _is_short_of_blocks(self, decodes: list[Sequence]) -> bool:
-        """Prompts have all their blocks since they were admitted, so only decodes can ask for more."""
+    def _num_spare_blocks(self, decodes: list[Sequence]) -> int:
+        """Free blocks that the decodes do not need; below 0: that many are missing. Prompts have all their blocks since
+        they were admitted."""
+        num_lacking = sum(self._num_lacking(s, s.num_planned + s.num_to_feed) for s in decodes)
+        return self._pool.num_free - num_lacking
+
+    def _num_lacking(self, sequence: Sequence, num_tokens: int) -> int:
+        """Blocks to add to a sequence's table so that it holds so many tokens."""
         block_size = self._limits.block_size
-        num_needed = sum(sequence.num_planned == len(sequence.blocks) * block_size for sequence in decodes)
-        return num_needed > self._pool.num_free
+        num_homeless = num_tokens - len(sequence.blocks) * block_size
+        return -(-num_homeless // block_size) if num_homeless > 0 else 0
+
+    def _add_decodes(self, draft: _Draft, decodes: list[Sequence]) -> None:
+        """A row for each, as far as the budget goes, with drafts where there is something to guess."""
+        guessing = [] if self._outstanding else self._guessing(decodes)
+        for sequence in decodes:
+            if draft.budget == 0:
+                return
+            drafts = self._find_drafts(draft, sequence) if sequence in guessing else []
+            self._add_row(draft, sequence, drafts=drafts)
+
+    def _guessing(self, decodes: list[Sequence]) -> list[Sequence]:
+        """Those of the rows to come that may have drafts.
+
+        Rules that look back change with every token emitted, and a grammar rules guesses out: those rows have none.
+        """
+        if not self._max_drafts or len(decodes) > MAX_GUESSING_ROWS:
+            return []
+        return [s for s in decodes if not (s.request.grammar or s.request.sampling.looks_back)]
+
+    def _find_drafts(self, draft: _Draft, sequence: Sequence) -> list[int]:
+        """As many as there is room for. Blocks that others need are not taken."""
+        num_tokens = len(sequence.tokens)
+        drafts = self._guess(sequence, min(self._max_drafts, draft.budget - sequence.num_to_feed))
+        num_lacking = self._num_lacking(sequence, num_tokens)
+        num_more_blocks = self._num_lacking(sequence, num_tokens + len(drafts)) - num_lacking
+        if num_more_blocks > draft.num_spare_blocks:
+            return []
+        draft.num_spare_blocks -= num_more_blocks
+        return drafts
+
+    def _guess(self, sequence: Sequence, max_drafts: int) -> list[int]:
+        """What may follow the known tokens, one less than may come: a row emits a token beyond its drafts."""
+        if sequence.speculation is None:
+            sequence.speculation = Speculation()
+        num_to_come = sequence.max_num_tokens - len(sequence.tokens) - sequence.num_in_flight
+        return sequence.speculation.drafts(sequence.tokens, min(max_drafts, num_to_come - 1))
 
     def _may_preempt(self) -> bool:
         if self._outstanding:
@@ -287,7 +364,7 @@ class Scheduler:
         if suspect.state is SequenceState.WAITING:
             while not self._admit(draft, suspect):
                 self._preempt(next(reversed(self._running)))
-        elif suspect.num_in_flight == 0:
+        elif suspect.num_in_flight == 0 and suspect.num_to_feed:
             self._add_row(draft, suspect)
         return self._send(draft)
 
@@ -344,34 +421,57 @@ class Scheduler:
         sequence.blocks = list(hits)
         sequence.num_planned = num_cached
         sequence.num_registered_blocks = len(hits)
+        sequence.num_admitted_tokens = len(sequence.tokens)
         if sequence.num_admissions == 0:
             sequence.num_hit_tokens = num_cached
         sequence.num_admissions += 1
         self.counters.num_admissions += 1
         self.counters.num_admitted_tokens += len(sequence.tokens)
         self.counters.num_hit_tokens += num_cached
-        sampling = sequence.request.sampling
-        history = sequence.tokens[:num_cached] if sampling.looks_back else []
+        request = sequence.request
+        history = sequence.tokens[:num_cached] if request.sampling.looks_back or request.grammar else []
+        num_prompt_tokens = sequence.num_prompt_tokens
         draft.opened.append(sequence)
-        draft.opens.append(Open(sequence.seat, hits, num_cached, sequence.num_prompt_tokens, sampling, history))
+        draft.opens.append(
+            Open(
+                *(sequence.seat, hits, num_cached, num_prompt_tokens, request.sampling, history, request.grammar),
+                *(request.request_id, request.trace_id),
+            )
+        )
 
-    def _add_row(self, draft: _Draft, sequence: Sequence, new_blocks: list[int] | None = None) -> None:
-        """The planning rule, for one sequence. `new_blocks` are given by an admission; else one is taken if needed."""
+    def _add_row(
+        self,
+        draft: _Draft,
+        sequence: Sequence,
+        new_blocks: list[int] | None = None,
+        drafts: list[int] | None = None,
+    ) -> None:
+        """The planning rule, for one sequence. `new_blocks` are given by an admission; else those needed are taken.
+
+        Drafts follow known tokens and nothing else: what is planned ends before them until they have proven right.
+        """
         assert sequence.seat is not None, f"sequence {sequence.arrival} is planned without a seat"
         tokens, start = sequence.tokens, sequence.num_planned
-        if new_blocks is None:
-            is_full = start == len(sequence.blocks) * self._limits.block_size
-            new_blocks = [self._pool.take()] if is_full else []
-        sequence.blocks += new_blocks
-        num_tokens = len(tokens) + sequence.num_in_flight
-        end = min(num_tokens, start + draft.budget)
+        end = start + min(sequence.num_to_feed, draft.budget)
         targets: list[int] = []
-        if sequence.request.prompt_logprobs:
+        if sequence.num_scored < len(tokens):
             end, targets = _scored_part(sequence, start, end)
-        emit = end == num_tokens
-        draft.rows.append(Row(sequence.seat, end - start, tokens[start:end], new_blocks, emit, targets))
+        literals = tokens[start:end]
+        num_fed = end - start
+        if drafts:
+            literals += drafts
+            num_fed += len(drafts)
+            sequence.num_drafts = len(drafts)
+            draft.has_drafts = True
+        if new_blocks is None:
+            num_lacking = self._num_lacking(sequence, start + num_fed)
+            new_blocks = [self._pool.take() for _ in range(num_lacking)] if num_lacking else []
+        sequence.blocks += new_blocks
+        emit = end == len(tokens) + sequence.num_in_flight
+        draft.rows.append(Row(sequence.seat, num_fed, literals, new_blocks, emit, targets, sequence.num_drafts))
         draft.sequences.append(sequence)
-        draft.budget -= end - start
+        draft.budget -= num_fed
+        draft.has_prompts |= start < sequence.num_admitted_tokens - 1
         sequence.num_planned = end
         sequence.num_in_flight += emit
         self._register_blocks(sequence)
@@ -381,7 +481,7 @@ class Scheduler:
         if not draft.rows:
             return None
         self._step += 1
-        plan = StepPlan(self._step, self._closes, draft.opens, draft.rows)
+        plan = StepPlan(self._step, self._closes, draft.opens, draft.rows, draft.has_prompts, draft.has_drafts)
         self._closes = []
         self._last_opened = draft.opened
         self._outstanding.append(_Sent(plan, draft.sequences))
@@ -394,14 +494,11 @@ class Scheduler:
 
     def _find_hits(self, sequence: Sequence) -> list[int]:
         """The longest run of leading blocks that are in memory. At least one token is left to feed, or nothing would
-        be emitted; and a prompt whose tokens are to be scored has to feed those it has no score of."""
+        be emitted; and the tokens before those that are to be scored have to be fed."""
         if self._hasher is None:
             return []
-        max_tokens = len(sequence.tokens) - 1
-        if sequence.request.prompt_logprobs and sequence.num_prompt_scored < sequence.num_prompt_tokens - 1:
-            max_tokens = sequence.num_prompt_scored
         hits: list[int] = []
-        for index in range(max_tokens // self._limits.block_size):
+        for index in range((sequence.num_scored - 1) // self._limits.block_size):
             block = self._pool.find(self._block_key(sequence, index, self._hasher))
             if block is None:
                 break
@@ -433,11 +530,10 @@ class Scheduler:
         plan, sequences = self._outstanding.popleft()
         assert output.step == plan.step, f"step {output.step} came back instead of {plan.step}"
         emissions: list[Emission] = []
-        for sequence, row, answer in zip(sequences, plan.rows, output.rows, strict=True):
+        for sequence, answer in zip(sequences, output.rows, strict=True):
             if sequence.state is SequenceState.FINISHED:
                 self.counters.num_dropped_tokens += len(answer.tokens)
                 continue
-            sequence.num_in_flight -= row.emit
             emission = self._commit_row(sequence, answer)
             if emission is not None:
                 emissions.append(emission)
@@ -446,20 +542,53 @@ class Scheduler:
     def _commit_row(self, sequence: Sequence, answer: RowOutput) -> Emission | None:
         if answer.fault is not None:
             return self._fail(sequence, answer.fault)
-        scores = answer.target_logprobs
-        sequence.num_prompt_scored += len(scores)
-        if not answer.tokens:
-            return Emission(sequence, prompt_logprobs=scores, prompt_tops=answer.target_tops) if scores else None
-        (token,) = answer.tokens
-        sequence.tokens.append(token.token_id)
-        self.counters.num_emitted_tokens += 1
+        tokens, scores, tops = answer.tokens, answer.target_logprobs, answer.target_tops
+        if scores and sequence.num_scored >= sequence.num_prompt_tokens:
+            tokens, scores, tops = (*_scored_tokens(sequence, scores, tops), *tokens), (), ()
+        sequence.num_scored += len(scores)
+        if not tokens:
+            return Emission(sequence, prompt_logprobs=scores, prompt_tops=tops) if scores else None
+        if sequence.num_drafts:
+            self._take_drafts(sequence, len(tokens) - 1)
+        finish = None
+        for num_taken, token in enumerate(tokens, start=1):
+            if not self._take_token(sequence, token.token_id):
+                return self._fail(sequence, CONTRADICTION_FAULT)
+            finish = _finish_reason(sequence)
+            if finish is not None and num_taken < len(tokens):
+                self.counters.num_dropped_tokens += len(tokens) - num_taken
+                tokens = tokens[:num_taken]
+                break
         if sequence.num_deaths:
             self._acquit(sequence)
+        if finish is None and answer.forced:
+            _take_forced(sequence, answer.forced)
         self._register_blocks(sequence)
-        finish = _finish_reason(sequence)
         if finish is not None:
             self.finish(sequence, finish)
-        return Emission(sequence, token, finish, scores, prompt_tops=answer.target_tops)
+        return Emission(sequence, tokens, finish, scores, prompt_tops=tops)
+
+    def _take_drafts(self, sequence: Sequence, num_accepted: int) -> None:
+        """Those that agree with what was sampled are in KV memory; so many tokens more were sampled than planned."""
+        sequence.num_planned += num_accepted
+        sequence.num_in_flight += num_accepted
+        self.counters.num_drafted_tokens += sequence.num_drafts
+        self.counters.num_rows_by_accepted[num_accepted] += 1
+        sequence.num_drafts = 0
+
+    def _take_token(self, sequence: Sequence, token_id: int) -> bool:
+        """Counts the next token as scored. False: it was forced, and then another one came."""
+        index = sequence.num_scored
+        if index == len(sequence.tokens):
+            sequence.tokens.append(token_id)
+            sequence.num_in_flight -= 1
+        else:
+            self.counters.num_forced_tokens += 1
+            if sequence.tokens[index] != token_id:
+                return False
+        sequence.num_scored = index + 1
+        self.counters.num_emitted_tokens += 1
+        return True
 
     def _fail(self, sequence: Sequence, fault: str) -> Emission:
         """Ends a sequence whose row failed. Its blocks may hold what made it fail, so nobody may find them again."""
@@ -548,26 +677,49 @@ def _forget_place(sequence: Sequence) -> None:
     sequence.seat = None
     sequence.blocks = []
     sequence.num_planned = 0
+    sequence.num_drafts = 0
     sequence.num_registered_blocks = 0
 
 
 def _scored_part(sequence: Sequence, start: int, end: int) -> tuple[int, list[int]]:
-    """Where a row from `start` to at most `end` ends, and the prompt tokens to score: those that follow the row's.
+    """Where a row from `start` to at most `end` ends, and the known tokens to score: those that follow the row's.
 
-    Scored tokens lead their row, so a row that feeds tokens whose successors were scored in an earlier life stops where
+    Targets lead their row, so a row that feeds tokens whose successors were scored in an earlier life stops where
     those end.
     """
-    num_scored = sequence.num_prompt_scored
-    if start >= num_scored:
-        return end, sequence.tokens[start + 1 : min(end + 1, sequence.num_prompt_tokens)]
-    all_scored = num_scored == sequence.num_prompt_tokens - 1
-    return end if all_scored else min(end, num_scored), []
+    last_with_scored_successor = sequence.num_scored - 2
+    if start > last_with_scored_successor:
+        return end, sequence.tokens[start + 1 : end + 1]
+    return min(end, last_with_scored_successor + 1), []
+
+
+def _scored_tokens(
+    sequence: Sequence, logprobs: tuple[float, ...], tops: tuple[TopTokens, ...]
+) -> Iterable[SampledToken]:
+    """The next forced tokens, with what the model thinks of them."""
+    start = sequence.num_scored
+    token_ids = sequence.tokens[start : start + len(logprobs)]
+    return map(SampledToken, token_ids, logprobs, tops or repeat(()))
+
+
+def _take_forced(sequence: Sequence, forced: tuple[int, ...]) -> None:
+    """Makes tokens known that can only follow the last scored one, up to one that ends the sequence."""
+    tokens = sequence.tokens
+    num_known = len(tokens)
+    for token_id in forced[num_known - sequence.num_scored :]:
+        if len(tokens) == sequence.max_num_tokens:
+            break
+        tokens.append(token_id)
+        if token_id in sequence.request.eos_token_ids:
+            sequence.max_num_tokens = len(tokens)
+    sequence.num_in_flight = max(0, sequence.num_in_flight - (len(tokens) - num_known))
 
 
 def _finish_reason(sequence: Sequence) -> FinishReason | None:
-    if len(sequence.tokens) >= sequence.max_num_tokens:
+    num_generated = sequence.num_scored - sequence.num_prompt_tokens
+    if num_generated == sequence.request.max_new_tokens:
         return FinishReason.LENGTH
-    if sequence.tokens[-1] in sequence.request.eos_token_ids:
+    if sequence.tokens[sequence.num_scored - 1] in sequence.request.eos_token_ids:
         return FinishReason.EOS_TOKEN
     return None
 
@@ -579,4 +731,5 @@ def _check_running(sequence: Sequence, block_size: int) -> None:
     assert sequence.num_planned <= num_slots, f"{name}: {sequence.num_planned} tokens planned in {num_slots} slots"
     num_tokens = len(sequence.tokens) + sequence.num_in_flight
     assert sequence.num_planned < num_tokens, f"{name}: {sequence.num_planned} planned of {num_tokens} tokens"
-    assert len(sequence.tokens) < sequence.max_num_tokens, f"{name} should have ended"
+    assert sequence.num_scored < sequence.max_num_tokens, f"{name} should have ended"
+    assert sequence.num_scored <= len(sequence.tokens), f"{name}: {sequence.num_scored} scored of {num_tokens} tokens"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import islice
 
 from proto import shard_pb2 as pb
-from router.core.plan import Open, RowOutput, SampledToken, StepOutput, StepPlan, Timings, TopTokens
+from router.core.plan import Open, Row, RowOutput, SampledToken, StepOutput, StepPlan, Timings, TopTokens
 from router.core.request import Sampling
 from router.errors import GroupLost
 
@@ -23,6 +23,7 @@ def encode_plan(plan: StepPlan) -> pb.StepPlan:
         row_num_new_blocks=[len(row.new_blocks) for row in rows],
         row_emit=[row.emit for row in rows],
         row_num_targets=[len(row.targets) for row in rows],
+        row_num_drafts=[row.num_drafts for row in rows] if plan.has_drafts else (),
         literals=[token for row in rows for token in row.literals],
         new_blocks=[block for row in rows for block in row.new_blocks],
         targets=[token for row in rows for token in row.targets],
@@ -37,6 +38,9 @@ def _encode_open(open_: Open) -> pb.Open:
         num_prompt_tokens=open_.num_prompt_tokens,
         sampling=_encode_sampling(open_.sampling),
         history=open_.history,
+        grammar=open_.grammar,
+        request_id=open_.request_id,
+        trace_id=open_.trace_id,
     )
 
 
@@ -87,11 +91,12 @@ def _decode_output(message: pb.StepOutput, plan: StepPlan, vocab_size: int) -> S
     target_logprobs, target_tops = list(message.target_logprobs), _target_tops(message)
     if token_ids and max(token_ids) >= vocab_size:
         raise ValueError(f"token {max(token_ids)} in a vocabulary of {vocab_size}")
+    forced = _forced_runs(message, plan, vocab_size)
     rows: list[RowOutput] = []
     token = top = target = 0
     for index, (row, num_emitted) in enumerate(zip(plan.rows, message.row_num_emitted, strict=True)):
         fault = faults.get(index)
-        if num_emitted != (row.emit and fault is None):
+        if not _may_emit(row, num_emitted, has_failed=fault is not None):
             raise ValueError(f"row {index} emitted {num_emitted} tokens")
         sampled = []
         for _ in range(num_emitted):
@@ -99,10 +104,18 @@ def _decode_output(message: pb.StepOutput, plan: StepPlan, vocab_size: int) -> S
             tops = tuple(zip(top_ids[top:end], top_logprobs[top:end], strict=True)) if end > top else ()
             sampled.append(SampledToken(token_ids[token], logprobs[token], tops))
             token, top = token + 1, end
+        if num_emitted > 1 and [s.token_id for s in sampled[:-1]] != _drafts(row)[: num_emitted - 1]:
+            raise ValueError(f"row {index} accepted other tokens than its drafts")
         end = target + len(row.targets)
         row_tops = tuple(target_tops[target:end])
         rows.append(
-            RowOutput(tuple(sampled), tuple(target_logprobs[target:end]), fault, row_tops if any(row_tops) else ())
+            RowOutput(
+                tuple(sampled),
+                tuple(target_logprobs[target:end]),
+                fault,
+                row_tops if any(row_tops) else (),
+                forced.get(index, ()),
+            )
         )
         target = end
     given = (len(token_ids), len(logprobs), len(num_top), len(top_ids), len(top_logprobs), len(target_logprobs))
@@ -114,6 +127,33 @@ def _decode_output(message: pb.StepOutput, plan: StepPlan, vocab_size: int) -> S
         rows,
         Timings(timings.wait_us, timings.inputs_us, timings.forward_us, timings.sample_us),
     )
+
+
+def _may_emit(row: Row, num_tokens: int, *, has_failed: bool) -> bool:
+    if row.emit and not has_failed:
+        return 1 <= num_tokens <= 1 + row.num_drafts
+    return num_tokens == 0
+
+
+def _drafts(row: Row) -> list[int]:
+    return row.literals[len(row.literals) - row.num_drafts :]
+
+
+def _forced_runs(message: pb.StepOutput, plan: StepPlan, vocab_size: int) -> dict[int, tuple[int, ...]]:
+    """The forced tokens of each row that has some."""
+    counts, ids = message.row_num_forced, list(message.forced_token_ids)
+    if len(counts) not in (0, len(plan.rows)) or sum(counts) != len(ids):
+        raise ValueError(f"{len(ids)} forced tokens of {len(counts)} rows")
+    if not ids:
+        return {}
+    if max(ids) >= vocab_size:
+        raise ValueError(f"forced token {max(ids)} in a vocabulary of {vocab_size}")
+    rest = iter(ids)
+    runs = {index: tuple(islice(rest, count)) for index, count in enumerate(counts) if count}
+    silent = [index for index in runs if not message.row_num_emitted[index]]
+    if silent:
+        raise ValueError(f"rows {silent} emitted nothing and force what follows")
+    return runs
 
 
 def _target_tops(message: pb.StepOutput) -> list[TopTokens]:

@@ -1,0 +1,200 @@
+"""One rank's steps in this process, driven by the real scheduler through the real codec, on a tiny random model."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from proto import shard_pb2 as pb
+from router.core.plan import SampledToken, StepPlan
+from router.core.request import Request, Sampling
+from router.core.scheduler import Emission, Limits, Scheduler
+from router.group.codec import decode_output, encode_plan
+from shard.config import ShardConfig
+from shard.distributed import RankGroup
+from shard.grammar import GrammarCompiler
+from shard.inputs import PlanError
+from shard.model import load_model
+from shard.sampler import Sampled, Sampler
+from shard.worker import NOT_FINITE, Worker
+from tests.tiny_models import VOCAB_SIZE, save_tiny
+
+LIMITS = Limits(num_blocks=80, block_size=4, max_seats=4, max_step_tokens=64)
+NUM_NEW = 40
+FEW = ((5, 9.0), (9, 9.0), (17, 9.0))
+"""Makes other tokens unlikely, so that text repeats itself."""
+GREEDY = Sampling(logit_bias=FEW, top_n_tokens=2)
+DRAWN = Sampling(do_sample=True, temperature=0.5, top_p=0.95, seed=3, logit_bias=FEW, top_n_tokens=2)
+LOOPING = (5, 9, 17, 5, 9, 17, 5, 9)
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Worker:
+    """A rank of a random llama."""
+    torch.set_num_threads(1)
+    directory = tmp_path_factory.mktemp("llama")
+    save_tiny(directory, "llama")
+    model = load_model(
+        directory,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        group=RankGroup(),
+        on_progress=lambda done, total: None,
+        block_size=LIMITS.block_size,
+        use_native=False,
+    )
+    unused = GrammarCompiler(directory / "tokenizer.json", vocab_size=VOCAB_SIZE, eos_token_ids=())
+    return Worker(ShardConfig(kv_cache_bytes=1 << 20), model, RankGroup(), "", unused)
+
+
+@pytest.fixture
+def worker(loaded: Worker) -> Worker:
+    begin_epoch(loaded)
+    return loaded
+
+
+def begin_epoch(worker: Worker) -> None:
+    worker.configure(
+        pb.ConfigureRequest(
+            epoch=worker.describe().last_epoch + 1,
+            num_blocks=LIMITS.num_blocks,
+            block_size=LIMITS.block_size,
+            max_seats=LIMITS.max_seats,
+            max_step_tokens=LIMITS.max_step_tokens,
+        )
+    )
+
+
+class Run:
+    """Sequences from their first to their last step."""
+
+    def __init__(self, worker: Worker, requests: Sequence[Request], *, max_drafts: int = 0, depth: int = 2) -> None:
+        self.scheduler = Scheduler(LIMITS, prefix_caching=False, max_drafts=max_drafts)
+        sequences = [self.scheduler.add(request) for request in requests]
+        emissions = [emission for step in self._steps(worker, depth) for emission in step]
+        self.tokens = [[t for e in emissions if e.sequence is sequence for t in e.tokens] for sequence in sequences]
+        self.faults = [next((e.fault for e in emissions if e.sequence is s and e.fault), None) for s in sequences]
+
+    def _steps(self, worker: Worker, depth: int) -> Iterator[list[Emission]]:
+        answers: deque[tuple[StepPlan, pb.StepOutput]] = deque()
+        while True:
+            while len(answers) < depth and (plan := self.scheduler.plan()):
+                answers.append((plan, worker.step(encode_plan(plan), time.perf_counter()).output))
+            if not answers:
+                return
+            plan, answer = answers.popleft()
+            yield self.scheduler.commit(decode_output(answer, plan, VOCAB_SIZE))
+
+
+def requests_of(sampling: Sampling) -> list[Request]:
+    return [Request("r", prompt, NUM_NEW, sampling) for prompt in (LOOPING, (3, 4, 8), (30, 31, 32, 33))]
+
+
+def assert_same(runs: list[list[SampledToken]], wanted: list[list[SampledToken]]) -> None:
+    for tokens, others in zip(runs, wanted, strict=True):
+        assert [token.token_id for token in tokens] == [token.token_id for token in others]
+        assert [token.logprob for token in tokens] == pytest.approx([token.logprob for token in others], abs=1e-4)
+        for token, other in zip(tokens, others, strict=True):
+            assert [id_ for id_, _ in token.top_tokens] == [id_ for id_, _ in other.top_tokens]
+
+
+# Drafts
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+def test_tokens_logprobs_and_likeliest_tokens_are_the_same_with_drafts(worker: Worker, sampling: Sampling) -> None:
+    plain = Run(worker, requests_of(sampling))
+    begin_epoch(worker)
+
+    guessing = Run(worker, requests_of(sampling), max_drafts=4)
+
+    counters = guessing.scheduler.counters
+    assert sum(counters.num_rows_by_accepted[1:]) > 5
+    assert counters.num_rows_by_accepted[0] > 0
+    assert counters.num_steps < plain.scheduler.counters.num_steps
+    assert_same(guessing.tokens, plain.tokens)
+
+
+def not_finite_at(position: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the sampler find logits that are no numbers for the looping sequence's token there."""
+    sample = Sampler.sample
+
+    def spoilt(self: Sampler, logits: Tensor, seats: Sequence[int], positions: Sequence[int]) -> Sampled:
+        sampled = sample(self, logits, seats, positions)
+        sampled.faults |= torch.tensor([(s, p) == (0, position) for s, p in zip(seats, positions, strict=True)])
+        return sampled
+
+    monkeypatch.setattr(Sampler, "sample", spoilt)
+
+
+def test_a_row_with_drafts_fails_as_a_whole_and_alone(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = Run(worker, requests_of(GREEDY))
+    begin_epoch(worker)
+    not_finite_at(len(LOOPING) + 30, monkeypatch)
+
+    spoilt = Run(worker, requests_of(GREEDY), max_drafts=4)
+
+    assert spoilt.faults == [NOT_FINITE, None, None]
+    assert 20 < len(spoilt.tokens[0]) <= 30
+    assert_same(spoilt.tokens[1:], plain.tokens[1:])
+
+
+@pytest.mark.parametrize("changes", [{"row_num_drafts": [2]}, {"row_emit": [False]}])
+def test_drafts_behind_nothing_are_refused(worker: Worker, changes: dict[str, list[int]]) -> None:
+    columns = {
+        "row_seat": [0],
+        "row_num_tokens": [2],
+        "row_num_literals": [2],
+        "row_num_new_blocks": [1],
+        "row_emit": [True],
+        "row_num_targets": [0],
+        "row_num_drafts": [1],
+    }
+    plan = pb.StepPlan(
+        step=1,
+        opens=[pb.Open(seat=0, num_prompt_tokens=2, sampling=pb.Sampling(temperature=1.0, repetition_penalty=1.0))],
+        literals=[5, 9],
+        new_blocks=[1],
+        **(columns | changes),
+    )
+
+    with pytest.raises(PlanError, match="drafts"):
+        worker.step(plan, time.perf_counter())
+
+
+# Forced tokens
+
+
+def foretell(tokens: list[int], every: int, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the sampler say ahead of time what the looping sequence's next tokens will be, every so many tokens."""
+    sample = Sampler.sample
+
+    def foretelling(self: Sampler, logits: Tensor, seats: Sequence[int], positions: Sequence[int]) -> Sampled:
+        sampled = sample(self, logits, seats, positions)
+        places = [position - len(LOOPING) if seat == 0 else -1 for seat, position in zip(seats, positions, strict=True)]
+        sampled.forced = [
+            tokens[place + 1 : place + 1 + length] if place >= 0 and place % every == 0 else [] for place in places
+        ]
+        return sampled
+
+    monkeypatch.setattr(Sampler, "sample", foretelling)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+def test_forced_tokens_have_the_logprobs_of_those_that_are_chosen_one_by_one(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch, sampling: Sampling, depth: int
+) -> None:
+    plain = Run(worker, requests_of(sampling))
+    begin_epoch(worker)
+    foretell([token.token_id for token in plain.tokens[0]], 7, 6, monkeypatch)
+
+    forced = Run(worker, requests_of(sampling), depth=depth)
+
+    assert forced.scheduler.counters.num_forced_tokens > 20
+    assert_same(forced.tokens, plain.tokens)
