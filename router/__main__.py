@@ -25,7 +25,8 @@ import uvloop
 from fastapi import FastAPI
 
 from router.api.app import create_app
-from router.config import Config, load_config
+from router.api.connection import Connection
+from router.config import OWN_QUANTIZE, Config, load_config
 from router.console import LoadingDisplay, configure_logging, ready_message, say
 from router.engine import SHUTTING_DOWN, Elsewhere, Engine, EngineSettings, Supervisor
 from router.errors import GroupLost, StartupError
@@ -161,10 +162,11 @@ async def _group(config: Config, directory: Path) -> AsyncIterator[tuple[list[st
         return
     flags = (
         *("--dtype", config.dtype, "--device", config.device),
-        *("--quantize", "int8" if config.quantize == "int8" else "none"),
+        *("--quantize", config.quantize if config.quantize in OWN_QUANTIZE else "none"),
         *("--kv-cache-bytes", str(config.kv_cache_bytes)),
         *("--cuda-memory-fraction", str(config.cuda_memory_fraction)),
         *("--step-timeout-s", str(config.step_timeout)),
+        *(("--json-output",) if config.json_output else ()),
     )
     run_directory = Path(config.shard_uds_path) if config.shard_uds_path else None
     display = LoadingDisplay()
@@ -206,10 +208,13 @@ def _assemble(
         find_timeout_s=FIND_TIMEOUT_S,
         load_timeout_s=LOAD_TIMEOUT_S,
         prefix_caching=config.prefix_caching,
+        max_drafts=config.speculate,
     )
     seed = secrets.token_bytes(16)
     engine = Engine(client, tokenizer, metrics, settings, prefix_seed=seed, supervisor=supervisor)
     validator = Validator(limits, tokenizer)
+    if limits.allows_grammars:
+        validator.grammars.start()
     sha = info.revision or None
     app = create_app(config, engine, validator, tokenizer, metrics, template=template, model_sha=sha)
     return engine, HttpServer(app)
@@ -239,7 +244,7 @@ class HttpServer(uvicorn.Server):
     def __init__(self, app: FastAPI) -> None:
         config = uvicorn.Config(
             app,
-            http="httptools",
+            http=Connection,
             ws="none",
             lifespan="off",
             log_config=None,

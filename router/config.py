@@ -42,9 +42,13 @@ def _option(default: T, help_: str, group: str, *, env: str = "", secret: bool =
     return value
 
 
+OWN_QUANTIZE: Final = ("none", "bf16", "int8", "int4")
+"""Values of the flag that shards know."""
+
 QUANTIZE: Final = (
-    *("none", "int8", "awq", "bitsandbytes", "bitsandbytes-fp4", "bitsandbytes-nf4", "compressed-tensors", "eetq"),
-    *("exl2", "fp8", "gptq", "marlin"),
+    *OWN_QUANTIZE,
+    *("awq", "bitsandbytes", "bitsandbytes-fp4", "bitsandbytes-nf4", "compressed-tensors", "eetq", "exl2", "fp8"),
+    *("gptq", "marlin"),
 )
 """All values of TGI's flag, and ours in front: a launch script must not fail on a value that is not needed here."""
 
@@ -67,8 +71,8 @@ class Config:
     )
     quantize: str = _option(
         "none",
-        "int8: weights and what they multiply as 8-bit integers, on a CPU with the native operations; "
-        "other values are TGI's and leave the weights as they are stored",
+        "weights in fewer bits: bf16; int8 and int4 on a CPU with the native operations, which multiply them by 8-bit "
+        "integers; other values are TGI's and leave the weights as they are stored",
         "Model",
         env="QUANTIZE",
         choices=QUANTIZE,
@@ -120,6 +124,14 @@ class Config:
     prefix_caching: bool = _option(
         True, "share the KV blocks of equal prompt beginnings", "Scheduling", env="PREFIX_CACHING"
     )
+    speculate: int = _option(
+        0,
+        "tokens guessed ahead from earlier text and verified in one step, while few sequences run; changes no output",
+        "Scheduling",
+        env="SPECULATE",
+        at_least=0,
+        at_most=32,
+    )
 
     max_concurrent_requests: int = _option(
         128, "sequences accepted at once; 429 beyond", "Request limits", env="MAX_CONCURRENT_REQUESTS", at_least=1
@@ -153,6 +165,12 @@ class Config:
     )
     validation_workers: int = _option(
         2, "threads that encode long prompts", "Request limits", env="VALIDATION_WORKERS", at_least=1, at_most=64
+    )
+    disable_grammar_support: bool = _option(
+        False,
+        "refuse requests with a grammar, and spare the process that compiles them",
+        "Request limits",
+        env="DISABLE_GRAMMAR_SUPPORT",
     )
     watermark_gamma: float = _option(
         0.5,
@@ -210,6 +228,16 @@ class Config:
         at_least=0.0,
     )
 
+    response_cache_bytes: int = _option(
+        0,
+        "memory for whole answers, which equal requests are given again; 0: every request is computed",
+        "Response cache",
+        at_least=0,
+    )
+    response_cache_sampled: bool = _option(
+        False, "keep answers too that were drawn without a seed of the client's", "Response cache"
+    )
+
     json_output: bool = _option(False, "log as JSON lines", "Logging", env="JSON_OUTPUT")
     log_level: str = _option(
         "info", "least severe records to log", "Logging", env="LOG_LEVEL", choices=("debug", "info", "warn", "error")
@@ -237,7 +265,6 @@ _TUNNEL: Final = "tunnels are not supported"
 _NO_ROPE: Final = "the model's own positions are used"
 
 IGNORED: Final = (
-    Ignored("--speculate", "nothing is speculated"),
     Ignored("--kv-cache-dtype", "KV memory has the model's dtype"),
     Ignored("--trust-remote-code", "code from model repositories is never run", takes_value=False),
     Ignored("--waiting-served-ratio", _AT_ONCE),
@@ -256,7 +283,6 @@ IGNORED: Final = (
     Ignored("--ngrok-authtoken", _TUNNEL),
     Ignored("--ngrok-edge", _TUNNEL),
     Ignored("--tokenizer-config-path", "the model's own tokenizer_config.json is used"),
-    Ignored("--disable-grammar-support", "grammars are not supported anyway", takes_value=False),
     Ignored("--lora-adapters", "adapters are not supported"),
     Ignored("--usage-stats", "usage is never reported to anybody"),
     Ignored("--enable-prefill-logprobs", "prompt log-probabilities are always available", takes_value=False),
@@ -335,6 +361,8 @@ def _build_parser() -> argparse.ArgumentParser:
         prog="python -m router",
         usage="%(prog)s [OPTIONS]",
         description="Serves a language model over HTTP.",
+        epilog=f"In the environment a flag is {ENV_PREFIX}<FLAG>, one of TGI's also <FLAG>: {ENV_PREFIX}NUM_SHARD or "
+        "NUM_SHARD for --num-shard. A flag beats the environment, the environment beats the default.",
         allow_abbrev=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=42, width=120),
     )
@@ -479,7 +507,7 @@ def _check_together(config: Config) -> None:
 
 
 def _quantize_notice(config: Config) -> Iterator[str]:
-    if config.quantize not in ("none", "int8"):
+    if config.quantize not in OWN_QUANTIZE:
         yield f"--quantize {config.quantize} has no effect: weights are used as they are stored"
 
 

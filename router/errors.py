@@ -3,10 +3,12 @@
 RouterError
 ├── ValidationError        422  the request can never be served as it stands
 ├── TemplateError          422  the conversation cannot be written as this model's prompt
+├── ToolError              422  the tools cannot be called as the request says
 ├── UnknownModel           404  no such model is served
 ├── BadBody           400, 422  the body is not JSON, or not the JSON its route takes
 ├── UnsupportedMedia       415  the body is declared to be something else than plain JSON
 ├── BodyTooLarge           413  the body is above the payload limit
+├── BodyTooSlow            408  the body does not come
 ├── Unauthorized           401  the API key is missing or wrong
 ├── Overloaded             429  not now
 ├── NotReady               503  the group is loading or restarting, or we are shutting down
@@ -49,6 +51,16 @@ class TemplateError(RouterError):
         super().__init__(f"Template error: {cause}")
 
 
+class ToolError(RouterError):
+    """A function that is not there, or whose parameters cannot be enforced."""
+
+    status = 422
+    error_type = "tool_error"
+
+    def __init__(self, cause: str) -> None:
+        super().__init__(f"Tool error: {cause}")
+
+
 class UnknownModel(RouterError):
     status = 404
     error_type = None
@@ -79,6 +91,14 @@ class BodyTooLarge(RouterError):
 
     def __init__(self) -> None:
         super().__init__("Failed to buffer the request body: length limit exceeded")
+
+
+class BodyTooSlow(RouterError):
+    status = 408
+    error_type = None
+
+    def __init__(self) -> None:
+        super().__init__("The request body did not come in time")
 
 
 class Unauthorized(RouterError):

@@ -15,7 +15,8 @@ from typing import Final, Literal, TypeVar
 from router.config import Config
 from router.core.request import BeamSettings, Request, Sampling
 from router.errors import StartupError, ValidationError
-from router.text.grammar import Grammar, GrammarKind, InvalidGrammar, UnsupportedGrammar, read_schema
+from router.text.grammar import Grammar, InvalidGrammar, UnsupportedGrammar
+from router.text.grammar_compiler import GrammarCompiler
 from router.text.tokenizer import Tokenizer
 
 MAX_STOP_CHARS: Final = 1_000
@@ -108,6 +109,7 @@ class Limits:
     eos_token_ids: tuple[int, ...]
     watermark_gamma: float
     watermark_delta: float
+    allows_grammars: bool = True
 
     @classmethod
     def derive(cls, config: Config, capacity: Capacity, tokenizer: Tokenizer) -> Limits:
@@ -124,6 +126,7 @@ class Limits:
             eos_token_ids=capacity.eos_token_ids,
             watermark_gamma=config.watermark_gamma,
             watermark_delta=config.watermark_delta,
+            allows_grammars=not config.disable_grammar_support,
         )
 
 
@@ -162,6 +165,7 @@ class Validator:
     def __init__(self, limits: Limits, tokenizer: Tokenizer) -> None:
         self.limits = limits
         self._tokenizer = tokenizer
+        self.grammars = GrammarCompiler(tokenizer.describe, limits.vocab_size, limits.eos_token_ids)
 
     def num_sequences(self, parameters: Parameters, *, stream: bool, manner: Manner = NATIVE) -> int:
         """How many sequences the call makes, beams among them. These rules come before there is a question of room."""
@@ -200,8 +204,7 @@ class Validator:
         self._check_token_ids(prompt)
         prompt = prompt[-(parameters.truncate or len(prompt)) :]
         max_new_tokens = self._max_new_tokens(len(prompt), parameters)
-        if parameters.grammar is not None:
-            _check_grammar(parameters.grammar)
+        grammar = "" if parameters.grammar is None else await self._compile(parameters.grammar)
         _require(not parameters.adapter_id, "`adapter_id` is not supported: no adapters are loaded")
         request = Request(
             request_id=request_id,
@@ -212,9 +215,19 @@ class Validator:
             stop=parameters.stop,
             keep_stop=manner.keep_stop,
             prompt_logprobs=parameters.decoder_input_details or manner.scores_prompt,
+            grammar=grammar,
             beams=_beam_settings(parameters),
         )
         return Demand(_with_seeds(request, parameters, manner), len(prompt))
+
+    async def _compile(self, grammar: Grammar) -> str:
+        _require(self.limits.allows_grammars, "grammar is not supported")
+        try:
+            return await self.grammars.compile(grammar)
+        except InvalidGrammar as error:
+            raise ValidationError(f"grammar is not valid: {error}") from error
+        except UnsupportedGrammar as error:
+            raise ValidationError("grammar is not supported") from error
 
     def _check_token_ids(self, prompt: Sequence[int]) -> None:
         """A tokenizer may know more tokens than the model has embeddings for; fed one, a shard would fail."""
@@ -377,17 +390,6 @@ def _beam_settings(p: Parameters) -> BeamSettings | None:
     return BeamSettings(p.num_beams, _or(p.length_penalty, 1.0), _or(p.early_stopping, False))
 
 
-def _check_grammar(grammar: Grammar) -> None:
-    try:
-        if grammar.kind is GrammarKind.JSON:
-            read_schema(grammar)
-    except InvalidGrammar as error:
-        raise ValidationError(f"grammar is not valid: {error}") from error
-    except UnsupportedGrammar as error:
-        raise ValidationError("grammar is not supported") from error
-    raise ValidationError("grammar is not supported")
-
-
 def _require(holds: bool, rule: str) -> None:
     if not holds:
         raise ValidationError(rule)
@@ -411,6 +413,11 @@ def _switches_sampling_on(p: Parameters) -> bool:
         or _or(p.top_p, 1.0) < 1.0
         or _or(p.typical_p, 1.0) < 1.0
     )
+
+
+def is_repeatable(parameters: Parameters, manner: Manner = NATIVE) -> bool:
+    """Whether the same call has the same answer again: tokens are not drawn, or with a seed of the client's."""
+    return manner.greedy or parameters.seed is not None or not _switches_sampling_on(parameters)
 
 
 def _with_seeds(request: Request, parameters: Parameters, manner: Manner) -> tuple[Request, ...]:

@@ -8,10 +8,13 @@ import os
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
+
+import uvloop
 
 from shard.config import ShardConfig, parse
 from shard.errors import LoadError
+from shard.logs import configure_logging
 from shard.parent import end_with
 from shard.progress import StartReporter
 from shard.server import ShardServicer, open_port, set_health
@@ -21,23 +24,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LOG_LEVELS: Final = {
-    "debug": logging.DEBUG,
-    "warn": logging.WARNING,
-    "warning": logging.WARNING,
-    "error": logging.ERROR,
-}
-
 
 def main() -> None:
     config = parse()
     end_with(config.parent_pid)
-    logging.basicConfig(
-        level=LOG_LEVELS.get(os.environ.get("LOG_LEVEL", "").lower(), logging.INFO),
-        format=f"%(asctime)s %(levelname)s rank {config.rank} %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
-    code = asyncio.run(_serve(config))
+    configure_logging(config.rank, as_json=config.json_output)
+    code = uvloop.run(_serve(config))
     sys.stdout.flush()
     os._exit(code)  # the model thread may hang in a collective; nothing is left to tidy up
 

@@ -61,12 +61,15 @@ class Cut:
 Group = Greedy | Free | Cut
 
 
-def group_rows(params: Sequence[SamplingParams], vocab_size: int, device: torch.device) -> list[Group]:
-    """The ways in which the rows of a batch are chosen, with their parameters as tensors."""
-    greedy = [row for row, p in enumerate(params) if not p.do_sample]
-    free = [row for row, p in enumerate(params) if p.do_sample and not p.truncates]
+def group_rows(
+    params: Sequence[SamplingParams], rows: Sequence[int], vocab_size: int, device: torch.device
+) -> list[Group]:
+    """The ways in which some rows of a batch are chosen, with their parameters as tensors."""
+    greedy = [row for row in rows if not params[row].do_sample]
+    free = [row for row in rows if params[row].do_sample and not params[row].truncates]
     cut: dict[tuple[int, bool], list[int]] = {}
-    for row, p in enumerate(params):
+    for row in rows:
+        p = params[row]
         if p.do_sample and p.truncates:
             cut.setdefault((_width(p.top_k + _TIE_ROOM, vocab_size), p.top_k > 0), []).append(row)
 
@@ -118,8 +121,8 @@ def _width(count: int, vocab_size: int) -> int:
 def choose(
     scores: Tensor, maxima: Tensor, groups: Sequence[Group], seeds: Sequence[int], positions: Sequence[int]
 ) -> Tensor:
-    """One token per row: scores [E, V] and their block maxima [E, B] -> [E]."""
-    if len(groups) == 1:
+    """One token per row: scores [E, V] and their block maxima [E, B] -> [E]. Rows that are in no group get token 0."""
+    if len(groups) == 1 and len(groups[0].rows) == len(scores):
         return _choose_group(scores, maxima, groups[0], seeds, positions)
     token_ids = torch.zeros(scores.shape[0], dtype=torch.int64, device=scores.device)
     for group in groups:

@@ -10,7 +10,7 @@ from typing import Any, Final, NoReturn, TypeVar
 ENV_PREFIX: Final = "SHARDSTREAM_"
 DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
 DEVICES: Final = ("auto", "cpu", "cuda")
-QUANTIZE: Final = ("none", "int8")
+QUANTIZE: Final = ("none", "bf16", "int8", "int4")
 NATIVE: Final = ("auto", "off")
 
 T = TypeVar("T")
@@ -34,12 +34,13 @@ class ShardConfig:
     join_timeout_s: float = _option(60.0, "how long to wait for the other ranks at start")
     step_timeout_s: float = _option(300.0, "a step that takes longer ends the process")
     dtype: str = _option("auto", "of weights and activations; auto: bfloat16 where the device computes in it", DTYPES)
-    quantize: str = _option("none", "weights as int8, on a CPU with the native operations", QUANTIZE)
+    quantize: str = _option("none", "weights in fewer bits; int8 and int4: with the native operations", QUANTIZE)
     native: str = _option("auto", "native operations for the CPU where they are built; off: torch alone", NATIVE)
     device: str = _option("auto", "where the model runs; auto: cuda if there is one", DEVICES)
     kv_cache_bytes: int = _option(0, "KV memory of this rank; 0: a share of what is free")
     cuda_memory_fraction: float = _option(0.9, "share of the device's memory the process may take")
     num_threads: int = _option(0, "torch threads; 0: the cores divided among the ranks")
+    json_output: bool = _option(False, "log as JSON lines")
     parent_pid: int = _option(0, "end when this process is gone; 0: stand alone")
     report: bool = _option(False, "write start-up events to stdout as JSON lines, for a launcher")
 

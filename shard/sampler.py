@@ -5,24 +5,30 @@
                    ├─ greedy ─────────────────────────────────────► argmax
                    └─ sampled ► temperature ► top-k ► top-p ► min-p ► typical-p ► draw by (seed, position)
 
+A grammar stands before all of this: what it leaves no room for is as good as not in the vocabulary. Where it leaves one
+choice that choice is taken; where the likeliest token is among those it allows, nothing else is looked at; only the
+rows left over are chosen from a masked copy of their scores.
+
 What a seat needs to look back at (tokens, counts, n-grams) is built by `open` and `feed` and kept up to date by
 `sample`; a seat whose rules do not look back keeps nothing. A rule that nobody in the batch uses costs nothing.
 
 Penalties, bias and greedy choice follow the device without waiting for it. These wait: a seat with a watermark, n-gram
-or bad-words rule (kept on the host), top tokens (how many tie), truncation (whether the candidates were enough).
+or bad-words rule or a grammar (kept on the host), top tokens (how many tie), truncation (whether the candidates were
+enough).
 
 The module knows nothing of plans, blocks or the wire.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from shard.choice import Group, choose, column, group_rows
+from shard.grammar import Grammars
 from shard.logits import argmax, block_maxima, likeliest, log_probabilities
 from shard.processors import (
     RepeatedNGrams,
@@ -49,6 +55,10 @@ class Sampled:
     top_ids: Tensor  # [E, N] int64, most likely first; N is the largest num_top
     top_logprobs: Tensor  # [E, N] float32
     faults: Tensor  # [E] bool: the logits have a NaN or no finite maximum; the row's other entries mean nothing
+    forced: list[Sequence[int]] = field(default_factory=list)
+    """For each row, the tokens that alone can follow; empty if no row has any."""
+    refusals: dict[int, str] = field(default_factory=dict)
+    """Why rows have no token, in words for a client; their other entries mean nothing."""
 
 
 @dataclass(slots=True)
@@ -74,12 +84,19 @@ class _Seat:
     """Whether the last known token was sampled here and may come back as a literal."""
     tokens: list[int] = field(default_factory=list)
     ngrams: RepeatedNGrams | None = None
+    grammars: Grammars | None = None
+    """Where the seat's grammar is kept; None: it has none."""
     bad_words: tuple[tuple[int, ...], ...] = ()
 
     def append(self, token: int) -> None:
         self.tokens.append(token)
         if self.ngrams is not None:
             self.ngrams.append(token)
+
+    def num_top(self, position: int) -> int:
+        """Likeliest tokens to return in the place of a known token."""
+        is_prompt = position < self.num_prompt_tokens
+        return self.params.prompt_top_n_tokens if is_prompt else self.params.top_n_tokens
 
     def forbidden(self, position: int, eos_token_ids: Sequence[int]) -> list[int]:
         """Tokens that must not stand at `position`."""
@@ -145,6 +162,8 @@ class _Batch:
     seats: list[_Seat]
     seeds: list[int]
     groups: list[Group]
+    """Of all rows but those that draw from what a grammar allows."""
+    constrained: list[int]
     penalised: _Penalised | None
     bias: _Bias | None
     watermarked: list[int]
@@ -161,7 +180,16 @@ class _Batch:
 class Sampler:
     """Per-seat sampling state and the choice of tokens. Runs on the model thread only."""
 
-    def __init__(self, *, vocab_size: int, max_seats: int, eos_token_ids: Sequence[int], device: torch.device) -> None:
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        max_seats: int,
+        eos_token_ids: Sequence[int],
+        device: torch.device,
+        grammars: Grammars | None = None,
+    ) -> None:
+        self._grammars = grammars
         self._vocab_size = vocab_size
         self._max_seats = max_seats
         self._eos_token_ids = tuple(token for token in eos_token_ids if token < vocab_size)
@@ -174,10 +202,17 @@ class Sampler:
         self._known: _KnownTokens | None = None
         self._counts: Tensor | None = None  # [max_seats, V] int32: how often each token was generated
 
-    def open(self, seat: int, params: SamplingParams, history: Sequence[int], num_prompt_tokens: int) -> None:
-        """Begins a seat. `history` holds the tokens before its first row, generated ones included in a replay."""
+    def open(
+        self, seat: int, params: SamplingParams, history: Sequence[int], num_prompt_tokens: int, grammar: str = ""
+    ) -> None:
+        """Begins a seat. `history` holds the tokens before its first row, generated ones included in a replay; it may
+        be empty if neither the parameters nor a grammar look back."""
         assert seat not in self._seats, f"seat {seat} is open"
         state = _Seat(seat, params, num_prompt_tokens, bad_words=self._possible_bad_words(params))
+        if grammar:
+            assert self._grammars is not None, "this sampler knows no grammars"
+            self._grammars.open(seat, grammar, history, num_prompt_tokens)
+            state.grammars = self._grammars
         if params.no_repeat_ngram_size > 0:
             state.ngrams = RepeatedNGrams(params.no_repeat_ngram_size)
         if params.penalises and self._known is None:
@@ -193,18 +228,22 @@ class Sampler:
         The first may be the token that was sampled last: once the router has heard of it, it comes back as a literal.
         """
         state = self._seats[seat]
+        if state.grammars is not None:
+            state.grammars.feed(seat, tokens)
         if tokens and state.ends_sampled:
             state.ends_sampled = False
             tokens = tokens[1:]
         self._learn(state, tokens)
 
     def close(self, seat: int) -> None:
-        del self._seats[seat]
+        state = self._seats.pop(seat)
+        if state.grammars is not None:
+            state.grammars.close(seat)
         self._batch = None
 
-    def num_prompt_top(self, seats: Sequence[int]) -> list[int]:
-        """How many likeliest tokens each seat wants in the place of a scored prompt token."""
-        return [self._seats[seat].params.prompt_top_n_tokens for seat in seats]
+    def num_target_top(self, seats: Sequence[int], positions: Sequence[int]) -> list[int]:
+        """How many likeliest tokens are wanted in the place of each scored token, by seat and position."""
+        return [self._seats[seat].num_top(position) for seat, position in zip(seats, positions, strict=True)]
 
     def sample(self, logits: Tensor, seats: Sequence[int], positions: Sequence[int]) -> Sampled:
         """Chooses one token per row and counts it as known.
@@ -213,13 +252,15 @@ class Sampler:
         most once; `positions[i]` is the index in its sequence of the token to be chosen.
         """
         batch = self._batch_of(seats)
+        refusals = self._prepare_grammars(batch, positions)
         maxima = block_maxima(logits)
-        token_ids = self._choose(logits, maxima, batch, positions)
+        token_ids = self._choose(logits, maxima, batch, positions, refusals)
+        forced = self._advance_grammars(batch, token_ids)
         self._remember(batch, token_ids)
         num_top, top_ids = _top_ids(logits, maxima, batch.num_top)
         logprobs = log_probabilities(logits, torch.cat([token_ids.unsqueeze(1), top_ids], dim=1))
         faults = ~maxima.amax(-1).isfinite()
-        return Sampled(token_ids, logprobs[:, 0], num_top, top_ids, logprobs[:, 1:], faults)
+        return Sampled(token_ids, logprobs[:, 0], num_top, top_ids, logprobs[:, 1:], faults, forced, refusals)
 
     # ---- what seats know -------------------------------------------------------------------------------------------
 
@@ -271,18 +312,25 @@ class Sampler:
 
     # ---- rules on logits -------------------------------------------------------------------------------------------
 
-    def _choose(self, logits: Tensor, maxima: Tensor, batch: _Batch, positions: Sequence[int]) -> Tensor:
+    def _choose(
+        self, logits: Tensor, maxima: Tensor, batch: _Batch, positions: Sequence[int], refusals: Mapping[int, str]
+    ) -> Tensor:
         """[E, V], [E, B] -> [E]."""
         for row in batch.looking_back:
             known = batch.seats[row].num_tokens
             assert known == positions[row], f"token {positions[row]} is to be chosen, but {known} before it are known"
         scores = self._processed(logits, batch, positions)
         if scores is logits:
-            return choose(logits, maxima, batch.groups, batch.seeds, positions)
-        score_maxima = block_maxima(scores)
-        chosen = choose(scores, score_maxima, batch.groups, batch.seeds, positions)
-        # Where the rules leave no token, the model's own choice stands.
-        return torch.where(score_maxima.amax(-1).isfinite(), chosen, argmax(logits, maxima))
+            chosen = choose(logits, maxima, batch.groups, batch.seeds, positions)
+        else:
+            score_maxima = block_maxima(scores)
+            chosen = choose(scores, score_maxima, batch.groups, batch.seeds, positions)
+            # Where the rules leave no token, the model's own choice stands.
+            chosen = torch.where(score_maxima.amax(-1).isfinite(), chosen, argmax(logits, maxima))
+        constrained = [row for row in batch.constrained if row not in refusals]
+        if constrained:
+            self._constrain(chosen, constrained, logits, scores, batch, positions)
+        return chosen
 
     def _processed(self, logits: Tensor, batch: _Batch, positions: Sequence[int]) -> Tensor:
         """The logits after every rule that is not a truncation; `logits` itself if there was none to apply."""
@@ -320,6 +368,72 @@ class Sampler:
             values = penalise_counts(values, self._counts[rule.seat_indices, ids], rule.frequency, rule.presence)
         scores[rule.rows, ids] = values
 
+    # ---- grammars --------------------------------------------------------------------------------------------------
+
+    def _prepare_grammars(self, batch: _Batch, positions: Sequence[int]) -> dict[int, str]:
+        """Waits for what is allowed. Returns the rows that cannot go on."""
+        if not batch.constrained:
+            return {}
+        assert self._grammars is not None
+        seats = [batch.seats[row].index for row in batch.constrained]
+        faults = self._grammars.prepare(seats, [positions[row] for row in batch.constrained])
+        return {row: faults[seat] for row, seat in zip(batch.constrained, seats, strict=True) if seat in faults}
+
+    def _constrain(
+        self,
+        token_ids: Tensor,
+        rows: Sequence[int],
+        logits: Tensor,
+        scores: Tensor,
+        batch: _Batch,
+        positions: Sequence[int],
+    ) -> None:
+        """Replaces the tokens [E] of some rows by what is promised, or where they are not allowed or not drawn yet."""
+        assert self._grammars is not None
+        likeliest_ids = token_ids.tolist()
+        masked: list[int] = []
+        for row in rows:
+            state = batch.seats[row]
+            promised = self._grammars.promised(state.index)
+            if promised is not None:
+                token_ids[row] = promised
+            elif state.params.do_sample or not self._grammars.allows(state.index, likeliest_ids[row]):
+                masked.append(row)
+        if masked:
+            token_ids[self._ints(masked)] = self._choose_allowed(masked, logits, scores, batch, positions)
+
+    def _choose_allowed(
+        self, rows: list[int], logits: Tensor, scores: Tensor, batch: _Batch, positions: Sequence[int]
+    ) -> Tensor:
+        """One token per row of `rows`, of those that its grammar allows: [R]."""
+        assert self._grammars is not None
+        states = [batch.seats[row] for row in rows]
+        indices = self._ints(rows)
+        penalties = self._grammars.penalties([state.index for state in states], self._vocab_size, self._device)
+        masked = scores[indices].add_(penalties)
+        maxima = block_maxima(masked)
+        groups = group_rows([state.params for state in states], range(len(rows)), self._vocab_size, self._device)
+        chosen = choose(masked, maxima, groups, [batch.seeds[row] for row in rows], [positions[row] for row in rows])
+        is_left = maxima.amax(-1).isfinite()
+        if bool(is_left.all()):
+            return chosen
+        # Where the other rules forbid all that the grammar allows, the grammar stands.
+        allowed = logits[indices].add_(penalties)
+        return torch.where(is_left, chosen, argmax(allowed, block_maxima(allowed)))
+
+    def _advance_grammars(self, batch: _Batch, token_ids: Tensor) -> list[Sequence[int]]:
+        """Tells the grammars what was chosen. Returns what must follow in each row; nothing if nobody has one."""
+        if not batch.constrained:
+            return []
+        assert self._grammars is not None
+        chosen = token_ids.tolist()
+        seats = [batch.seats[row].index for row in batch.constrained]
+        runs = self._grammars.advance(seats, [chosen[row] for row in batch.constrained])
+        forced: list[Sequence[int]] = [()] * len(batch.seats)
+        for row, run in zip(batch.constrained, runs, strict=True):
+            forced[row] = run
+        return forced
+
     # ---- parameters of a batch -------------------------------------------------------------------------------------
 
     def _batch_of(self, seats: Sequence[int]) -> _Batch:
@@ -331,10 +445,12 @@ class Sampler:
 
     def _gather(self, seats: list[_Seat]) -> _Batch:
         params = [state.params for state in seats]
+        chosen_freely = [row for row, state in enumerate(seats) if state.grammars is None or not state.params.do_sample]
         return _Batch(
             seats=seats,
             seeds=[p.seed for p in params],
-            groups=group_rows(params, self._vocab_size, self._device),
+            groups=group_rows(params, chosen_freely, self._vocab_size, self._device),
+            constrained=[row for row, state in enumerate(seats) if state.grammars is not None],
             penalised=self._penalised(seats),
             bias=self._bias(params),
             watermarked=[row for row, p in enumerate(params) if p.watermarks],

@@ -96,7 +96,7 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):  # type: ignore[misc]
             await self._serve_epoch(worker, context)
             self._is_executing = False
         except Exception as error:
-            logger.exception("the epoch ends")
+            logger.exception("the epoch ends; its sequences: %s", ", ".join(worker.owners) or "none")
             await context.write(
                 pb.FromShard(fault=pb.Fault(message=f"{type(error).__name__}: {error}".splitlines()[0]))
             )

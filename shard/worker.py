@@ -7,7 +7,9 @@ rank. A rank that raises is lost: it never repairs itself, the router replays.
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -21,13 +23,20 @@ from shard.checkpoint import resolve
 from shard.config import ShardConfig
 from shard.distributed import RankGroup, connect
 from shard.errors import LoadError
-from shard.inputs import ModelInputs, PlanError, Seats, sampling_params
+from shard.grammar import GrammarCompiler, Grammars
+from shard.inputs import ModelInputs, PlanError, Seats, num_drafts, sampling_params
+from shard.kernels.packing import Kind
 from shard.memory import default_kv_bytes
 from shard.model import Model, load_model
 from shard.sampler import Sampled, Sampler, Scored, score
 
+logger = logging.getLogger(__name__)
+
+_QUANTIZED: Final = {"int8": Kind.INT8, "int4": Kind.INT4}
+
+NOT_FINITE: Final = "the model's logits are not finite"
 SCORE_ROWS: Final = 128
-"""Prompt positions scored at once: 128 rows of a 150k vocabulary in float32 are 77 MB."""
+"""Positions scored at once: 128 rows of a 150k vocabulary in float32 are 77 MB."""
 
 
 def start(config: ShardConfig, on_progress: Callable[[int, int], None]) -> Worker:
@@ -43,9 +52,14 @@ def start(config: ShardConfig, on_progress: Callable[[int, int], None]) -> Worke
         group=group,
         on_progress=on_progress,
         use_native=config.native == "auto",
-        quantize=config.quantize == "int8",
+        quantize=_QUANTIZED.get(config.quantize),
     )
-    return Worker(config, model, group, checkpoint.revision)
+    grammars = None
+    if group.rank == 0:
+        grammars = GrammarCompiler(
+            checkpoint.directory / "tokenizer.json", vocab_size=model.vocab_size, eos_token_ids=model.eos_token_ids
+        )
+    return Worker(config, model, group, checkpoint.revision, grammars)
 
 
 def _device(config: ShardConfig) -> torch.device:
@@ -63,6 +77,8 @@ def _device(config: ShardConfig) -> torch.device:
 
 def _dtype(config: ShardConfig, device: torch.device) -> torch.dtype:
     """`auto` is bfloat16 where the device multiplies it natively and float32 elsewhere."""
+    if config.quantize == "bf16":
+        return torch.bfloat16
     if config.dtype != "auto":
         named: torch.dtype = getattr(torch, config.dtype)
         return named
@@ -74,11 +90,14 @@ def _dtype(config: ShardConfig, device: torch.device) -> torch.dtype:
 class Worker:
     """One rank's model and the state of the epoch it is in."""
 
-    def __init__(self, config: ShardConfig, model: Model, group: RankGroup, revision: str) -> None:
+    def __init__(
+        self, config: ShardConfig, model: Model, group: RankGroup, revision: str, grammars: GrammarCompiler | None
+    ) -> None:
         self._config = config
         self._model = model
         self._group = group
         self._revision = revision
+        self._grammars = grammars  # where tokens are chosen: on rank 0
         self._epoch = 0
         self._next_step = 1
         self._ended_at = 0.0
@@ -87,7 +106,14 @@ class Worker:
             model.device, group.world_size, config.cuda_memory_fraction
         )
         self._seats: Seats | None = None
+        self._owners: dict[int, str] = {}
+        """Whose sequence has a seat, for the log."""
         self._sampler: Sampler | None = None
+
+    @property
+    def owners(self) -> list[str]:
+        """Whose sequences have seats. May be asked on any thread."""
+        return list(self._owners.values())
 
     def describe(self) -> pb.ShardInfo:
         model = self._model
@@ -115,6 +141,7 @@ class Worker:
         if request.block_size != self._model.block_size:
             raise PlanError(f"block size {request.block_size} is not this rank's {self._model.block_size}")
         self._epoch, self._next_step = request.epoch, 1
+        self._owners.clear()
         self._model.allocate(request.num_blocks)
         self._seats = Seats(
             num_blocks=request.num_blocks,
@@ -123,12 +150,13 @@ class Worker:
             max_positions=self._model.max_positions,
             device=self._model.device,
         )
-        if self._group.rank == 0:
+        if self._grammars is not None:
             self._sampler = Sampler(
                 vocab_size=self._model.vocab_size,
                 max_seats=request.max_seats,
                 eos_token_ids=self._model.eos_token_ids,
                 device=self._model.device,
+                grammars=Grammars(self._grammars, max_seats=request.max_seats),
             )
         self._warm_up()
         return pb.ConfigureReply(epoch=request.epoch, kv_bytes=request.num_blocks * self._model.bytes_per_block)
@@ -164,6 +192,8 @@ class Worker:
             forwarded_at = time.perf_counter()
             if logits is not None:
                 token_ids = self._choose(logits, inputs, seats, output)
+        for fault in output.row_faults:
+            logger.warning("step %d: %s: %s", plan.step, self._owners[plan.row_seat[fault.row]], fault.message)
         digest = token_digest(token_ids)
         ended_at = time.perf_counter()
         output.digest = digest
@@ -186,31 +216,35 @@ class Worker:
         self._next_step += 1
         for seat in plan.closes:
             seats.close(seat)
+            del self._owners[seat]
             if sampler is not None:
                 sampler.close(seat)
         for open_ in plan.opens:
             seats.open(open_.seat, open_.blocks, open_.num_cached_tokens)
+            self._owners[open_.seat] = _owner(open_)
+            logger.debug("step %d: seat %d begins for %s", plan.step, open_.seat, self._owners[open_.seat])
             if sampler is not None:
-                sampler.open(open_.seat, sampling_params(open_.sampling), open_.history, open_.num_prompt_tokens)
+                params = sampling_params(open_.sampling)
+                sampler.open(open_.seat, params, open_.history, open_.num_prompt_tokens, open_.grammar)
         if sampler is not None and plan.literals:
             start = 0
-            for seat, count in zip(plan.row_seat, plan.row_num_literals, strict=True):
+            for seat, count, drafts in zip(plan.row_seat, plan.row_num_literals, num_drafts(plan), strict=True):
                 if count:
-                    sampler.feed(seat, plan.literals[start : start + count])
+                    sampler.feed(seat, plan.literals[start : start + count - drafts])
                     start += count
         return seats
 
     def _score_targets(self, hidden: Tensor, inputs: ModelInputs, output: pb.StepOutput) -> None:
-        """Prompt logprobs, lm_head in chunks; every rank takes part, rank 0 writes the result."""
+        """Logprobs of known tokens, lm_head in chunks; every rank takes part, rank 0 writes the result."""
         for start in range(0, len(inputs.targets), SCORE_ROWS):
             chunk = slice(start, start + SCORE_ROWS)
             logits = self._model.logits(hidden[inputs.target_index[chunk]])
             if self._sampler is not None:
-                asked = self._sampler.num_prompt_top(inputs.target_seats[chunk])
+                asked = self._sampler.num_target_top(inputs.target_seats[chunk], inputs.target_positions[chunk])
                 _fill_scores(output, score(logits, inputs.targets[chunk], asked))
 
     def _choose(self, logits: Tensor, inputs: ModelInputs, seats: Seats, output: pb.StepOutput) -> list[int]:
-        """Rank 0 samples; every rank then holds the same last tokens. Returns them on the host."""
+        """Rank 0 samples; every rank then holds the same tokens and accepts the same drafts. Returns the chosen."""
         sampled: Sampled | None = None
         if self._sampler is not None:
             sampled = self._sampler.sample(logits, inputs.emit_seats, inputs.emit_positions)
@@ -219,28 +253,71 @@ class Worker:
             chosen = torch.empty(len(inputs.emit_rows), dtype=torch.int64, device=seats.device)
         if self._group.world_size > 1:
             self._group.broadcast(chosen)
-        seats.last_token[torch.tensor(inputs.emit_seats, device=seats.device)] = chosen
         token_ids: list[int] = chosen.tolist()
+        emitted = _emitted(token_ids, inputs.emit_drafts) if inputs.emit_drafts else range(len(token_ids))
+        last_of_seat = {inputs.emit_seats[index]: index for index in emitted}
+        last_seats = torch.tensor(list(last_of_seat), device=seats.device)
+        seats.last_token[last_seats] = chosen[list(last_of_seat.values())]
+        if len(emitted) < len(token_ids):
+            _rewind(seats, inputs.emit_seats, emitted)
         if sampled is not None:
-            _fill_output(output, sampled, inputs.emit_rows, token_ids)
+            _fill_output(output, sampled, inputs.emit_rows, token_ids, emitted)
         return token_ids
 
 
-def _fill_output(output: pb.StepOutput, sampled: Sampled, emit_rows: Sequence[int], token_ids: list[int]) -> None:
+def _emitted(token_ids: Sequence[int], drafts: Sequence[int | None]) -> list[int]:
+    """Which of the chosen tokens count: those of a row up to the first that is not its draft, and this one too.
+
+    What was chosen behind a wrong draft was chosen after a text that is not the sequence's.
+    """
+    emitted: list[int] = []
+    is_after_truth = True
+    for index, (token, draft) in enumerate(zip(token_ids, drafts, strict=True)):
+        if is_after_truth:
+            emitted.append(index)
+        is_after_truth = draft is None or (is_after_truth and draft == token)
+    return emitted
+
+
+def _rewind(seats: Seats, emit_seats: Sequence[int], emitted: Sequence[int]) -> None:
+    """Takes back the drafts that were wrong: there is one before each chosen token that does not count."""
+    for seat, num_vain in (Counter(emit_seats) - Counter(emit_seats[index] for index in emitted)).items():
+        seats.rewind(seat, num_vain)
+
+
+def _fill_output(
+    output: pb.StepOutput, sampled: Sampled, emit_rows: Sequence[int], token_ids: list[int], emitted: Sequence[int]
+) -> None:
     faults: list[bool] = sampled.faults.tolist()
     logprobs: list[float] = sampled.logprobs.tolist()
     top_ids, top_logprobs = sampled.top_ids.tolist(), sampled.top_logprobs.tolist()
-    for index, row in enumerate(emit_rows):
-        if faults[index]:
-            output.row_faults.add(row=row, message="the model's logits are not finite")
+    failed = {emit_rows[index]: NOT_FINITE for index in emitted if faults[index]}
+    failed |= {emit_rows[index]: message for index, message in sampled.refusals.items()}
+    for row, message in failed.items():
+        output.row_faults.add(row=row, message=message)
+    for index in emitted:
+        row = emit_rows[index]
+        if row in failed:
             continue
-        output.row_num_emitted[row] = 1
+        output.row_num_emitted[row] += 1
         num_top = sampled.num_top[index]
         output.token_ids.append(token_ids[index])
         output.logprobs.append(logprobs[index])
         output.num_top.append(num_top)
         output.top_token_ids.extend(top_ids[index][:num_top])
         output.top_logprobs.extend(top_logprobs[index][:num_top])
+    if any(sampled.forced):
+        _fill_forced(output, sampled.forced, emit_rows)
+
+
+def _fill_forced(output: pb.StepOutput, forced: Sequence[Sequence[int]], emit_rows: Sequence[int]) -> None:
+    """What certainly follows the tokens that were emitted; a row that failed has nothing to say."""
+    num_forced = [0] * len(output.row_num_emitted)
+    for row, run in zip(emit_rows, forced, strict=True):
+        if output.row_num_emitted[row]:
+            num_forced[row] = len(run)
+            output.forced_token_ids.extend(run)
+    output.row_num_forced.extend(num_forced)
 
 
 def _fill_scores(output: pb.StepOutput, scored: Scored) -> None:
@@ -250,6 +327,10 @@ def _fill_scores(output: pb.StepOutput, scored: Scored) -> None:
     for index, num_top in enumerate(scored.num_top):
         output.target_top_token_ids.extend(top_ids[index][:num_top])
         output.target_top_logprobs.extend(top_logprobs[index][:num_top])
+
+
+def _owner(open_: pb.Open) -> str:
+    return f"request {open_.request_id}" + (f" of trace {open_.trace_id}" if open_.trace_id else "")
 
 
 def token_digest(token_ids: Sequence[int]) -> int:

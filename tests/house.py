@@ -36,8 +36,10 @@ class Expected:
 class House:
     """A scheduler and a ghost with at most `depth` plans outstanding between them."""
 
-    def __init__(self, limits: Limits = ROOMY, *, depth: int = 1, prefix_caching: bool = True) -> None:
-        self.scheduler = Scheduler(limits, prefix_seed=b"house", prefix_caching=prefix_caching)
+    def __init__(
+        self, limits: Limits = ROOMY, *, depth: int = 1, prefix_caching: bool = True, max_drafts: int = 0
+    ) -> None:
+        self.scheduler = Scheduler(limits, prefix_seed=b"house", prefix_caching=prefix_caching, max_drafts=max_drafts)
         self.depth = depth
         self.expected: dict[Sequence, Expected] = {}
         self.plans: list[StepPlan] = []
@@ -58,6 +60,7 @@ class House:
             request.max_new_tokens,
             eos_token_ids=request.eos_token_ids,
             sampling=request.sampling,
+            grammar=request.grammar,
             vocab_size=VOCAB_SIZE,
         )
         is_full = len(tokens) == request.max_new_tokens
@@ -119,8 +122,8 @@ class House:
         assert emission.fault is None, f"{name}: {emission.fault}"
         expected.prompt_logprobs += emission.prompt_logprobs
         expected.prompt_tops += emission.prompt_tops
-        if emission.token is not None:
-            self._check_token(sequence, expected, emission.token)
+        for token in emission.tokens:
+            self._check_token(sequence, expected, token)
         is_last = expected.num_emitted == len(expected.tokens)
         assert emission.finish == (expected.finish if is_last else None), f"{name} finished by {emission.finish}"
         if is_last:

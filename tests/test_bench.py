@@ -76,7 +76,7 @@ def test_speed_is_the_median_round_and_times_are_of_all_rounds() -> None:
     fast = Round([StreamTimes(0.0, [1.0, 1.1, 1.2]), StreamTimes(0.5, [1.5, 1.6, 2.0])], {}, 0.0)
     slow = Round([StreamTimes(0.0, [2.0, 2.5, 3.0])], {}, 0.0)
 
-    row = speed_row(2, [slow, fast, slow])
+    row = speed_row("2", [slow, fast, slow])
 
     assert row == ["2", "1", "1-3", "1500.0", "2000.0", "450.0", "500.0"]
 
@@ -94,7 +94,7 @@ def test_costs_are_divided_by_the_servers_own_counts() -> None:
     counters = {f"shardstream_{name}": value for name, value in counted.items()}
     round_ = Round([StreamTimes(0.0, [1.0, 2.0])], counters, 0.0001)
 
-    row = cost_row(4, [round_, round_])
+    row = cost_row("4", [round_, round_])
 
     assert row == ["4", "10", "4.0", "300", "75.0", "25.0", "1.00", "2.00", "3.00", "-", "50.0"]
 
@@ -104,6 +104,7 @@ class SmallServer(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     prompts: list[str] = []
+    grammars: list[bool] = []
 
     def do_GET(self) -> None:
         body = b'{"model_id":"letters"}' if self.path == "/info" else b"shardstream_step_count 5\n"
@@ -117,6 +118,7 @@ class SmallServer(BaseHTTPRequestHandler):
             self._answer(json.dumps([{"stop": stop} for stop in stops]).encode())
             return
         self.prompts.append(body["inputs"])
+        self.grammars.append("grammar" in body["parameters"])
         events = b"".join(chunk(event(i)) for i in range(body["parameters"]["max_new_tokens"]))
         self.wfile.write(HEAD + events + b"0\r\n\r\n")
         self.close_connection = True
@@ -133,7 +135,7 @@ class SmallServer(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def small_server() -> Iterator[str]:
-    SmallServer.prompts = []
+    SmallServer.prompts, SmallServer.grammars = [], []
     server = ThreadingHTTPServer(("127.0.0.1", 0), SmallServer)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
@@ -165,6 +167,17 @@ def test_a_run_asks_with_distinct_prompts_of_the_wanted_length(
     assert len({prompt[:8] for prompt in prompts}) == 1
     assert len(set(prompts)) == len(prompts)
     assert "letters" in capsys.readouterr().out
+
+
+def test_structured_rounds_alternate_with_free_ones(small_server: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--streams=1", "--requests=1", "--prompt-tokens=20", "--new-tokens=4", "--repeats=2", "--grammar"]
+
+    assert load.main(["--url", small_server, *arguments]) == 0
+
+    warm_up, *rounds = (SmallServer.grammars[:2], *SmallServer.grammars[2:])
+    assert warm_up == [False, True]
+    assert rounds == [False, True, False, True]
+    assert "1 json" in capsys.readouterr().out
 
 
 def test_a_server_that_is_not_there_ends_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:

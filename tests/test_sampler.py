@@ -486,7 +486,7 @@ def test_tokens_outside_the_vocabulary_are_passed_over() -> None:
 
 
 def test_a_truncation_that_is_off_cuts_nothing() -> None:
-    (group,) = group_rows([SamplingParams(do_sample=True, min_p=1e-30)], 100, CPU)
+    (group,) = group_rows([SamplingParams(do_sample=True, min_p=1e-30)], [0], 100, CPU)
     assert isinstance(group, Cut)
 
     truncated = truncate(

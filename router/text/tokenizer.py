@@ -135,6 +135,16 @@ class Tokenizer:
         text: str = self._fast.decode([token_id], skip_special_tokens=False)
         return text
 
+    def marker_id(self, text: str) -> int | None:
+        """The token by which a grammar must name a marker that is written so; None if it is text like any other.
+
+        llguidance takes not only special tokens for markers, but every added token in angle brackets.
+        """
+        for token_id, token in self._fast.get_added_tokens_decoder().items():
+            if token.content == text and (token.special or (text.startswith("<") and text.endswith(">"))):
+                return int(token_id)
+        return None
+
     def special_text(self, token_id: int) -> str:
         """A special token as it is written, e.g. `<|im_end|>`."""
         return self._fast.id_to_token(token_id) or ""
@@ -165,6 +175,11 @@ class Tokenizer:
             return bytes([self._byte_of_char[char] for char in token])
         except KeyError:
             return token.encode()
+
+    def describe(self) -> str:
+        """The text of a tokenizer.json."""
+        text: str = self._fast.to_str()
+        return text
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)

@@ -5,6 +5,9 @@ Prompts are made-up words, cut to their length by the server's own /tokenize, an
 cache does not help; end tokens are forbidden, so that all texts are equally long. Rounds alternate (1, 8, 32, 1, 8,
 32, ...), so that a machine that slows down slows all of them.
 
+With --grammar each of these is measured twice, as free text and as a JSON object of twenty fields, which ends or is cut
+at the same length.
+
 Prints what the clients saw, and what the server's counters say about its host cost.
 """
 
@@ -18,11 +21,12 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import uvloop
 
-from tests.bench.client import BenchError, Json, Recording, call, record
+from tests.bench.client import BenchError, Recording, call, record
+from tests.bench.prompts import Prompts, TokenEnds
 from tests.bench.report import (
     COST_HEADER,
     SPEED_HEADER,
@@ -34,10 +38,19 @@ from tests.bench.report import (
     table,
 )
 
-MAX_PROMPT_ATTEMPTS: Final = 20
 WARM_UP_TOKENS: Final = 16
-CONSONANTS: Final = "bdfgklmnprstvz"
-VOWELS: Final = "aeiou"
+FIELDS: Final = {
+    f"{name}_{index}": schema
+    for index in range(4)
+    for name, schema in (
+        ("customer_name", {"type": "string", "maxLength": 20}),
+        ("number_of_items", {"type": "integer", "minimum": 0, "maximum": 999}),
+        ("is_delivered", {"type": "boolean"}),
+        ("colour", {"enum": ["red", "green", "blue"]}),
+        ("price", {"type": "number", "minimum": 0, "maximum": 999}),
+    )
+}
+SCHEMA: Final = {"type": "object", "properties": FIELDS, "required": [*FIELDS], "additionalProperties": False}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,33 +64,22 @@ class Load:
     num_shared_tokens: int
     num_requests: int
     num_rounds: int
+    compares_grammar: bool = False
+
+    @property
+    def cases(self) -> list[Case]:
+        kinds = (False, True) if self.compares_grammar else (False,)
+        return [Case(n, is_json) for n in self.num_streams for is_json in kinds]
 
 
-class Prompts:
-    """Texts of an exact number of tokens, no two alike except for a shared beginning."""
+class Case(NamedTuple):
+    """What a round is about."""
 
-    def __init__(self, load: Load, rng: random.Random) -> None:
-        self._load = load
-        self._rng = rng
-        self._shared = self._text("", load.num_shared_tokens) if load.num_shared_tokens else ""
+    num_streams: int
+    is_json: bool = False
 
-    def next(self) -> str:
-        return self._text(self._shared, self._load.num_prompt_tokens)
-
-    def _text(self, beginning: str, num_tokens: int) -> str:
-        for _ in range(MAX_PROMPT_ATTEMPTS):
-            words = (self._word() for _ in range(num_tokens))
-            text = f"{beginning} {' '.join(words)}".strip()
-            text = text[: self._tokens(text)[num_tokens - 1]["stop"]]
-            if len(self._tokens(text)) == num_tokens:
-                return text
-        raise BenchError(f"no text of {num_tokens} tokens found in {MAX_PROMPT_ATTEMPTS} attempts")
-
-    def _word(self) -> str:
-        return "".join(self._rng.choice(CONSONANTS) + self._rng.choice(VOWELS) for _ in range(3))
-
-    def _tokens(self, text: str) -> Json:
-        return json.loads(call(self._load.url, "/tokenize", {"inputs": text}))
+    def __str__(self) -> str:
+        return f"{self.num_streams} json" if self.is_json else str(self.num_streams)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,13 +92,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{load.num_new_tokens} new, greedy; {load.num_rounds} rounds, {load.num_requests} per stream; seed {seed}",
             flush=True,
         )
-        rounds = uvloop.run(measure(load, Prompts(load, random.Random(seed))))
+        rounds = uvloop.run(measure(load, Prompts(_asking(load.url), random.Random(seed))))
     except BenchError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
-    print(table(SPEED_HEADER, [speed_row(n, rounds[n]) for n in load.num_streams]))
+    print(table(SPEED_HEADER, [speed_row(str(case), rounds[case]) for case in load.cases]))
     print()
-    print(table(COST_HEADER, [cost_row(n, rounds[n]) for n in load.num_streams]))
+    print(table(COST_HEADER, [cost_row(str(case), rounds[case]) for case in load.cases]))
     return 0
 
 
@@ -109,6 +111,7 @@ def parse(argv: Sequence[str] | None) -> tuple[Load, int]:
     parser.add_argument("--shared-prefix", type=int, default=0, help="prompt tokens that all prompts share")
     parser.add_argument("--requests", type=int, default=2, help="requests of each stream, one after the other")
     parser.add_argument("--repeats", type=int, default=3, help="rounds of each number of streams")
+    parser.add_argument("--grammar", action="store_true", help="compare free text with structured output")
     # A second run with the same prompts would find them in the prefix cache.
     parser.add_argument("--seed", type=int, default=time.time_ns() % 10**6, help="of the prompts; default: the clock")
     args = parser.parse_args(argv)
@@ -122,33 +125,46 @@ def parse(argv: Sequence[str] | None) -> tuple[Load, int]:
         num_shared_tokens=args.shared_prefix,
         num_requests=args.requests,
         num_rounds=args.repeats,
+        compares_grammar=args.grammar,
     )
     return load, args.seed
 
 
-async def measure(load: Load, prompts: Prompts) -> dict[int, list[Round]]:
-    """Rounds by number of streams, after one short round that is thrown away."""
-    widest = max(load.num_streams)
-    await _run(load, [[prompts.next()] for _ in range(widest)], WARM_UP_TOKENS)
-    rounds: dict[int, list[Round]] = {n: [] for n in load.num_streams}
+async def measure(load: Load, prompts: Prompts) -> dict[Case, list[Round]]:
+    """After one short round of each kind that is thrown away."""
+    shared = prompts.text(load.num_shared_tokens) if load.num_shared_tokens else ""
+
+    def texts(num_texts: int) -> list[str]:
+        return [prompts.text(load.num_prompt_tokens, shared) for _ in range(num_texts)]
+
+    most = max(load.num_streams)
+    for is_json in {case.is_json: None for case in load.cases}:
+        await _run(load, Case(most, is_json), [texts(1) for _ in range(most)], WARM_UP_TOKENS)
+    rounds: dict[Case, list[Round]] = {case: [] for case in load.cases}
     for _ in range(load.num_rounds):
-        for n in load.num_streams:
-            rounds[n].append(await _round(load, [[prompts.next() for _ in range(load.num_requests)] for _ in range(n)]))
+        for case in load.cases:
+            rounds[case].append(await _round(load, case, [texts(load.num_requests) for _ in range(case.num_streams)]))
     return rounds
 
 
-async def _round(load: Load, prompts: list[list[str]]) -> Round:
+def _asking(url: str) -> TokenEnds:
+    """The server's own tokenizer."""
+    return lambda text: [token["stop"] for token in json.loads(call(url, "/tokenize", {"inputs": text}))]
+
+
+async def _round(load: Load, case: Case, prompts: list[list[str]]) -> Round:
     """One measurement: `prompts[i]` are asked one after the other on stream i."""
     before = parse_counters(call(load.url, "/metrics").decode())
     cpu_s = time.process_time()
-    recordings = await _run(load, prompts, load.num_new_tokens)
+    recordings = await _run(load, case, prompts, load.num_new_tokens)
     cpu_s = time.process_time() - cpu_s
     after = parse_counters(call(load.url, "/metrics").decode())
     return Round([recording.understood() for recording in recordings], growth(before, after), cpu_s)
 
 
-async def _run(load: Load, prompts: list[list[str]], num_new_tokens: int) -> list[Recording]:
-    parameters = {"max_new_tokens": num_new_tokens, "min_new_tokens": num_new_tokens, "do_sample": False}
+async def _run(load: Load, case: Case, prompts: list[list[str]], num_new_tokens: int) -> list[Recording]:
+    length = {"grammar": {"type": "json", "value": SCHEMA}} if case.is_json else {"min_new_tokens": num_new_tokens}
+    parameters = {"max_new_tokens": num_new_tokens, "do_sample": False, **length}
 
     async def client(texts: list[str]) -> list[Recording]:
         return [await record(load.url, {"inputs": text, "parameters": parameters}) for text in texts]

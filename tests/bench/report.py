@@ -58,7 +58,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {line} |" for line in (lines[0], rule, *lines[1:]))
 
 
-def speed_row(num_streams: int, rounds: Sequence[Round]) -> list[str]:
+def speed_row(name: str, rounds: Sequence[Round]) -> list[str]:
     """Throughput is the median round's; times are of all rounds together."""
     streams = [stream for round_ in rounds for stream in round_.streams]
     first = [stream.first_token_s * 1e3 for stream in streams]
@@ -66,7 +66,7 @@ def speed_row(num_streams: int, rounds: Sequence[Round]) -> list[str]:
     times = [percentile(values, percent) for values in (first, gaps) for percent in (50, 99)]
     rates = [round_.tokens_per_s for round_ in rounds]
     return [
-        str(num_streams),
+        name,
         f"{statistics.median(rates):.0f}",
         f"{min(rates):.0f}-{max(rates):.0f}",
         *(f"{time_ms:.1f}" for time_ms in times),
@@ -76,7 +76,7 @@ def speed_row(num_streams: int, rounds: Sequence[Round]) -> list[str]:
 SPEED_HEADER = ("streams", "tok/s", "range", "TTFT p50 ms", "p99", "ITL p50 ms", "p99")
 
 
-def cost_row(num_streams: int, rounds: Sequence[Round]) -> list[str]:
+def cost_row(name: str, rounds: Sequence[Round]) -> list[str]:
     """What the server says it spent; `-` where it does not count."""
 
     def counted(name: str) -> float:
@@ -88,7 +88,7 @@ def cost_row(num_streams: int, rounds: Sequence[Round]) -> list[str]:
     shard_s = [counted(f"shard_{part}_seconds_sum") for part in ("wait", "inputs", "forward", "sample")]
     client_s, num_events = sum(r.client_cpu_s for r in rounds), sum(r.num_tokens for r in rounds)
     return [
-        str(num_streams),
+        name,
         _ratio(num_steps, len(rounds), 1.0, 0),
         _ratio(num_tokens, num_steps, 1.0, 1),
         _ratio(router_s, num_steps, 1e6, 0),

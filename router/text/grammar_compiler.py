@@ -1,0 +1,140 @@
+"""Grammars compiled under a budget, off the event loop, and remembered: sources for the shards, or what is wrong.
+
+The work is done by a process that may die of it (`grammar_process`); this is its client.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import os
+import subprocess
+import sys
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
+
+import orjson
+
+from router.errors import Overloaded
+from router.text.grammar import Grammar, InvalidGrammar, UnsupportedGrammar
+
+logger = logging.getLogger(__name__)
+
+MAX_WAIT_S: Final = 2.5
+"""For a turn and for the answer. Under more grammars than that, later ones are refused."""
+
+MAX_KEPT_BYTES: Final = 16 * 2**20
+
+
+class GrammarCompiler:
+    """One model's. `describe_tokenizer` gives the text of its tokenizer.json, and is called on another thread."""
+
+    def __init__(self, describe_tokenizer: Callable[[], str], vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+        self._describe_tokenizer = describe_tokenizer
+        self._vocab_size = vocab_size
+        self._eos_token_ids = list(eos_token_ids)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+        self._process: subprocess.Popen[bytes] | None = None
+        self._kept: OrderedDict[bytes, str | InvalidGrammar] = OrderedDict()
+        self._num_kept_bytes = 0
+
+    def start(self) -> None:
+        """Begins to start the process, which else waits for the first grammar."""
+        self._thread.submit(self._start_process)
+
+    async def compile(self, grammar: Grammar) -> str:
+        """The grammar's source for the shards. Raises `UnsupportedGrammar`, `InvalidGrammar` or `Overloaded`."""
+        request = _encode(grammar)
+        key = hashlib.blake2b(request, digest_size=16).digest()
+        kept = self._kept.get(key)
+        if kept is None:
+            kept = await self._ask(request)
+            self._keep(key, kept)
+        self._kept.move_to_end(key)
+        if isinstance(kept, InvalidGrammar):
+            raise InvalidGrammar(str(kept))
+        return kept
+
+    async def _ask(self, request: bytes) -> str | InvalidGrammar:
+        answering = asyncio.get_running_loop().run_in_executor(self._thread, self._converse, request)
+        try:
+            answer = json.loads(await asyncio.wait_for(answering, MAX_WAIT_S))
+        except TimeoutError as error:
+            raise Overloaded from error
+        except BrokenPipeError:
+            logger.exception("a grammar could not be compiled")
+            raise Overloaded from None
+        if "unsupported" in answer:
+            raise UnsupportedGrammar
+        return answer["source"] if "source" in answer else InvalidGrammar(answer["invalid"])
+
+    def _keep(self, key: bytes, answer: str | InvalidGrammar) -> None:
+        if key not in self._kept:
+            self._kept[key] = answer
+            self._num_kept_bytes += _size(answer)
+        while self._num_kept_bytes > MAX_KEPT_BYTES and len(self._kept) > 1:
+            _, oldest = self._kept.popitem(last=False)
+            self._num_kept_bytes -= _size(oldest)
+
+    # On the thread
+
+    def _start_process(self) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "router.text.grammar_process"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,  # forks that die of a grammar write there
+            env={**os.environ, "MALLOC_ARENA_MAX": "1"},  # address space is what is limited
+        )
+        weakref.finalize(self, _stop, process)
+        self._process = process
+        setup = {
+            "tokenizer": self._describe_tokenizer(),
+            "vocab_size": self._vocab_size,
+            "eos_token_ids": self._eos_token_ids,
+        }
+        _write_line(process, orjson.dumps(setup))
+        return process
+
+    def _converse(self, request: bytes) -> bytes:
+        """Sends a line and waits for one."""
+        process = self._process
+        if process is None or process.poll() is not None:
+            process = self._start_process()
+        assert process.stdout is not None
+        _write_line(process, request)
+        answer = process.stdout.readline()
+        if not answer:
+            raise BrokenPipeError("the process that compiles grammars is gone")
+        return answer
+
+
+def _encode(grammar: Grammar) -> bytes:
+    """One line."""
+    try:
+        return orjson.dumps(
+            {"kind": grammar.kind.value, "value": grammar.value, "needs_properties": grammar.needs_properties}
+        )
+    except orjson.JSONEncodeError as error:  # nested too deeply
+        raise InvalidGrammar(str(error)) from error
+
+
+def _size(answer: str | InvalidGrammar) -> int:
+    return 500 + len(str(answer))
+
+
+def _write_line(process: subprocess.Popen[bytes], line: bytes) -> None:
+    assert process.stdin is not None
+    process.stdin.write(line + b"\n")
+    process.stdin.flush()
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    with process:
+        pass
