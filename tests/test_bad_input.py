@@ -153,7 +153,8 @@ UNFIT_BODIES: list[tuple[str, str]] = [
     ),
     (
         '{"inputs":"a","parameters":{"grammar":{"type":"ebnf","value":""}}}',
-        "parameters.grammar.type: unknown variant, expected one of 'json', 'json_object', 'json_schema' or 'regex' "
+        "parameters.grammar.type: unknown variant, "
+        "expected one of 'json', 'json_object', 'json_schema', 'regex' or 'lark' "
         "at line 1 column 52",
     ),
     ('{"inputs":"a","inputs":"b"}', "duplicate field `inputs`"),

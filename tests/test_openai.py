@@ -8,10 +8,13 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import httpx
 import openai
+import pydantic
 import pytest
+from jsonschema import Draft202012Validator
 
 from router.api.app import create_app
 from router.core.request import FinishReason
@@ -460,6 +463,19 @@ def test_the_template_gets_tools_and_past_calls_as_transformers_has_them() -> No
     )
 
 
+@pytest.mark.parametrize(("content", "before"), [(None, ""), ("Let me see.", "Let me see.\n")])
+def test_a_template_that_shows_no_calls_gets_them_as_text(content: str | None, before: str) -> None:
+    client = Client(max_total_tokens=400, max_input_tokens=399)
+    calls = [{"id": id_, "type": "function", "function": {"name": "now", "arguments": '{"a": 1}'}} for id_ in "cd"]
+
+    chat(client, messages=[*HELLO, {"role": "assistant", "content": content, "tool_calls": calls}, *HELLO])
+
+    written = '<tool_call>{"name": "now", "arguments": {"a": 1}}</tool_call>'
+    assert client.engine.requests[0].prompt == tuple(
+        TOKENIZER.encode(f"<user>Hi<assistant>{before}{written}\n{written}<user>Hi<assistant>")
+    )
+
+
 def test_a_template_that_shows_no_tools_gets_them_in_the_last_message() -> None:
     client = Client(max_total_tokens=400, max_input_tokens=399)
 
@@ -467,6 +483,155 @@ def test_a_template_that_shows_no_tools_gets_them_in_the_last_message() -> None:
 
     text = f"<user>Hi\n---\n{json.dumps(WEATHER)}\nCall!<assistant>"
     assert client.engine.requests[0].prompt == tuple(TOKENIZER.encode(text))
+
+
+# Structure
+
+CITY: Json = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+NAMED: Json = {"name": "n", "schema": CITY, "strict": True}
+FORMATS: list[Json] = [
+    {"type": "json_schema", "json_schema": NAMED},
+    {"type": "json_schema", "json_schema": {"schema": CITY}},
+    {"type": "json_schema", "value": NAMED},
+    {"type": "json_schema", **NAMED},
+    {"type": "json_object", "value": CITY},
+    {"type": "json_object", "value": json.dumps(CITY)},
+    {"type": "json_object", "schema": CITY},
+    {"type": "json", "value": CITY},
+]
+
+
+def grammar_of(path: str, **fields: object) -> str:
+    """What a request's text must conform to."""
+    client = Client(**TOOLING)
+    answer = client.post(path, {"messages": HELLO, "prompt": "Hi", **fields})
+    assert answer.status_code == 200, answer.text
+    return client.engine.requests[0].grammar
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+def test_a_format_may_come_in_every_shape_that_clients_know(path: str) -> None:
+    [grammar] = {grammar_of(path, response_format=format_) for format_ in FORMATS}
+
+    assert json.loads(grammar)["grammars"][0]["json_schema"]["required"] == ["city"]
+
+
+def test_a_format_without_a_schema_is_any_object() -> None:
+    grammars = {grammar_of(CHAT, response_format=format_) for format_ in ({"type": "json_object"}, {"type": "json"})}
+
+    assert grammars == {grammar_of(CHAT, response_format={"type": "json_object", "value": {"type": "object"}})}
+
+
+def test_a_text_of_no_format_is_free() -> None:
+    for format_ in (None, {"type": "text"}):
+        assert grammar_of(CHAT, response_format=format_) == ""
+
+
+def test_a_format_may_be_an_expression() -> None:
+    assert "[a-f]{3}" in grammar_of(CHAT, response_format={"type": "regex", "value": "[a-f]{3}"})
+
+
+def test_every_choice_has_the_format() -> None:
+    client = Client()
+
+    chat(client, n=3, response_format=FORMATS[0])
+
+    assert len({request.grammar for request in client.engine.requests}) == 1
+    assert client.engine.requests[0].grammar
+
+
+@pytest.mark.parametrize(
+    "choice",
+    ["required", "weather", {"type": "function", "function": {"name": "weather"}}, {"function": {"name": "weather"}}],
+)
+def test_a_call_that_must_be_is_enforced_and_answered_as_any_call(choice: object) -> None:
+    client = Client(saying(*CALL[1:]), **TOOLING)
+
+    answer = chat(client, tools=[WEATHER], tool_choice=choice)["choices"][0]
+    given = stream(client, tools=[WEATHER], tool_choice=choice)
+
+    assert answer["finish_reason"] == "tool_calls"
+    assert answer["message"]["content"] is None
+    assert [call["function"]["name"] for call in answer["message"]["tool_calls"]] == ["weather"]
+    calls = [call for chunk in given for call in chunk["choices"][0]["delta"].get("tool_calls", [])]
+    assert [call["function"].get("name") for call in calls] == ["weather", None]
+    assert given[-1]["choices"][0]["finish_reason"] == "tool_calls"
+    assert [("weather" in request.grammar, "%json" in request.grammar) for request in client.engine.requests] == [
+        (True, True)
+    ] * 2
+
+
+def test_a_call_that_must_be_and_was_cut_off_ended_by_length() -> None:
+    client = Client(saying(*CALL[1:-2], reason=FinishReason.LENGTH), **TOOLING)
+
+    [choice] = chat(client, tools=[WEATHER], tool_choice="weather")["choices"]
+
+    assert choice["finish_reason"] == "length"
+    assert choice["message"]["tool_calls"][0]["function"]["arguments"] == '{"ci'
+
+
+def test_a_call_that_was_cut_off_in_its_name_is_not_content() -> None:
+    client = Client(saying(*CALL[1:3], reason=FinishReason.LENGTH), **TOOLING)
+
+    [choice] = chat(client, tools=[WEATHER], tool_choice="required")["choices"]
+
+    assert choice["finish_reason"] == "length"
+    assert choice["message"] == {"role": "assistant", "content": ""}
+
+
+def test_only_the_named_function_may_be_called() -> None:
+    tools = [WEATHER, {"type": "function", "function": {"name": "now"}}]
+
+    grammar = grammar_of(CHAT, tools=tools, tool_choice="now")
+
+    assert "now" in grammar
+    assert "weather" not in grammar
+    assert "{0,31}" not in grammar, "there is one call of a named function"
+
+
+def test_several_calls_are_allowed_unless_the_client_says_otherwise() -> None:
+    assert "{0,31}" in grammar_of(CHAT, tools=[WEATHER], tool_choice="required")
+    assert "{0,31}" not in grammar_of(CHAT, tools=[WEATHER], tool_choice="required", parallel_tool_calls=False)
+
+
+@pytest.mark.parametrize("fields", [{"tool_choice": "auto"}, {"tool_choice": "none"}, {"tool_choice": None}])
+def test_free_text_is_not_restricted_by_tools(fields: Json) -> None:
+    assert grammar_of(CHAT, tools=[WEATHER], **fields) == ""
+
+
+def test_a_format_holds_beside_tools() -> None:
+    """An answer is a call or has the format; the format alone where calls are ruled out, calls where they must be."""
+    format_: Json = {"type": "regex", "value": "q{3}"}
+    both, text, calls = (
+        grammar_of(CHAT, tools=[WEATHER], tool_choice=choice, response_format=format_)
+        for choice in ("auto", "none", "required")
+    )
+
+    assert ["weather" in grammar for grammar in (both, text, calls)] == [True, False, True]
+    assert ["q{3}" in grammar for grammar in (both, text, calls)] == [True, True, False]
+
+
+def test_parameters_that_cannot_be_enforced_are_refused_where_they_would_have_to_be() -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "uniqueItems": True}}}
+    client = Client(**TOOLING)
+    messages = {"messages": HELLO, "tools": [tool]}
+
+    refused = client.post(CHAT, {**messages, "tool_choice": "f"})
+
+    assert refused.status_code == 422
+    assert "`uniqueItems`" in refused.json()["error"]
+    assert client.post(CHAT, messages).status_code == 200
+
+
+def test_thoughts_come_before_what_is_structured() -> None:
+    client = Client(saying("<think>Hm</think>", "{}"), reasoning_parser="think")
+
+    message = chat(client, response_format={"type": "json_object"})["choices"][0]["message"]
+
+    assert message == {"role": "assistant", "content": "{}", "reasoning_content": "Hm"}
+    wrong = client.post(CHAT, {"messages": HELLO, "response_format": {"type": "json_object", "value": "{"}})
+    assert wrong.json()["error"].startswith("Input validation error: grammar is not valid: ")
+    assert "</think>" in client.engine.requests[0].grammar
 
 
 # What is refused
@@ -477,13 +642,28 @@ REFUSALS: list[tuple[str, Json, str]] = [
     (CHAT, {"messages": [{"content": "a"}]}, "messages: missing field `role`"),
     (CHAT, {"messages": "Hi"}, 'messages: invalid type: string "Hi", expected a sequence'),
     (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 'content of type "image_url" is not'),
-    (CHAT, {"response_format": {"type": "json_object"}}, "`response_format` is not supported"),
-    (CHAT, {"tools": [WEATHER], "tool_choice": "required"}, "`tool_choice` must be auto or none. Given: required"),
+    (CHAT, {"response_format": "json"}, 'response_format: invalid type: string "json", expected struct ResponseFormat'),
+    (CHAT, {"response_format": {"type": "xml"}}, "response_format: unknown variant in `type`, expected one of `text`"),
+    (CHAT, {"response_format": {}}, "response_format: missing field `type`"),
+    (CHAT, {"response_format": {"type": "json_schema"}}, "response_format: missing field `schema`"),
+    (CHAT, {"response_format": {"type": "json_schema", "json_schema": {"name": "n"}}}, "missing field `schema`"),
+    (CHAT, {"response_format": {"type": "json_schema", "json_schema": []}}, "expected struct JsonSchemaConfig"),
+    (CHAT, {"response_format": {"type": "regex"}}, "response_format: missing field `value`"),
+    (CHAT, {"response_format": {"type": "regex", "value": 5}}, "invalid type: integer `5`, expected a string"),
+    (CHAT, {"response_format": {"type": "json_object", "value": 5}}, "grammar is not supported"),
+    (CHAT, {"response_format": {"type": "json_object", "value": "{"}}, "grammar is not valid"),
+    (CHAT, {"response_format": {"type": "regex", "value": "a("}}, "error: unclosed group"),
+    (COMPLETIONS, {"response_format": {"type": "json", "schema": {"type": "a"}}}, "grammar is not valid"),
     (
-        CHAT,
-        {"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "weather"}}},
-        "`tool_choice` must be auto or none. Given: weather",
+        COMPLETIONS,
+        {"response_format": {"type": "json_object", "schema": {"properties": {"a": {"not": {}}}}}},
+        "grammar is not valid: the keyword `not` at #/properties/a cannot be enforced",
     ),
+    (CHAT, {"tool_choice": "required"}, "Tool error: `tool_choice` is required, but there are no tools"),
+    (CHAT, {"tools": [WEATHER], "tool_choice": "now"}, "Tool error: Tool with name now not found"),
+    (CHAT, {"tool_choice": {"type": "function", "function": {"name": "now"}}}, "Tool with name now not found"),
+    (CHAT, {"tool_choice": {"type": "allowed_tools"}}, "expected auto, none, required, or a function"),
+    (CHAT, {"tool_choice": 5, "tools": [WEATHER]}, "expected auto, none, required, or a function"),
     (CHAT, {"tools": [{"type": "retrieval"}]}, "tools: invalid `tools`"),
     (CHAT, {"chat_template": "x"}, "`chat_template` is not allowed"),
     (CHAT, {"generation_config": "{"}, "generation_config: invalid `generation_config`"),
@@ -764,13 +944,29 @@ def test_a_response_is_streamed_as_named_events() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("previous_response_id", "r"), ("tools", [WEATHER]), ("background", True), ("text", {"format": {"type": "json"}})],
+    [("previous_response_id", "r"), ("tools", [WEATHER]), ("background", True), ("text.verbosity", "low")],
 )
 def test_a_response_refuses_what_is_more_than_text(name: str, value: object) -> None:
-    answer = Client().post("/v1/responses", {"input": "Hi", name: value})
+    field, _, part = name.partition(".")
+
+    answer = Client().post("/v1/responses", {"input": "Hi", field: {part: value} if part else value})
 
     assert answer.status_code == 422
     assert answer.json()["error"] == f"Input validation error: `{name}` is not supported"
+
+
+def test_a_responses_text_may_have_a_format() -> None:
+    client = Client()
+    format_: Json = {"type": "json_schema", "name": "n", "schema": CITY, "strict": True}
+
+    answer = client.post("/v1/responses", {"input": "Hi", "text": {"format": format_, "verbosity": "medium"}})
+    chat(client, response_format={"type": "json_object", "value": CITY})
+
+    assert answer.json()["text"] == {"format": format_}
+    assert client.engine.requests[0].grammar == client.engine.requests[1].grammar != ""
+    wrong = client.post("/v1/responses", {"input": "Hi", "text": {"format": {"type": "xml"}}})
+    assert wrong.status_code == 422
+    assert "text.format: unknown variant in `type`" in wrong.json()["error"]
 
 
 def test_a_response_accepts_what_asks_for_nothing_more() -> None:
@@ -868,6 +1064,117 @@ def test_openai_reads_responses(client: openai.OpenAI) -> None:
     assert client.responses.create(**asked).output_text == ANSWER
     with client.responses.stream(**asked) as events:
         assert events.get_final_response().output_text == ANSWER
+
+
+CITY_REPORT: Json = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string", "maxLength": 20},
+        "days": {"type": "integer", "minimum": 1, "maximum": 14},
+        "unit": {"enum": ["celsius", "fahrenheit"]},
+        "tags": {"type": "array", "items": {"type": "string", "maxLength": 8}, "maxItems": 3},
+    },
+    "required": ["city", "days", "tags"],
+    "additionalProperties": False,
+}
+REPORT_TOOL: Json = {"type": "function", "function": {"name": "report", "parameters": CITY_REPORT}}
+NOW_TOOL: Json = {"type": "function", "function": {"name": "now"}}
+
+
+@pytest.mark.parametrize("temperature", [0, 1.5])
+def test_openai_gets_the_structure_it_asked_for(client: openai.OpenAI, temperature: float) -> None:
+    format_ = {"type": "json_schema", "json_schema": {"name": "report", "schema": CITY_REPORT, "strict": True}}
+
+    answer = client.chat.completions.create(
+        model="x", messages=QUESTION, temperature=temperature, seed=5, n=4, max_tokens=150, response_format=format_
+    )
+
+    assert len(answer.choices) == 4
+    for choice in answer.choices:
+        assert choice.finish_reason == "stop"
+        Draft202012Validator(CITY_REPORT).validate(json.loads(choice.message.content))
+
+
+def test_an_answer_is_cut_short_only_where_tokens_run_out(client: openai.OpenAI) -> None:
+    format_ = {"type": "json_object", "value": CITY_REPORT}
+    asked = {"model": "x", "messages": QUESTION, "temperature": 0, "response_format": format_}
+    whole = client.chat.completions.create(**asked, max_tokens=200)
+    num_tokens = whole.usage.completion_tokens
+
+    for limit in (*range(1, num_tokens, 6), num_tokens - 1):
+        choice = client.chat.completions.create(**asked, max_tokens=limit).choices[0]
+        assert choice.finish_reason == "length"
+        assert whole.choices[0].message.content.startswith(choice.message.content)
+    assert whole.choices[0].finish_reason == "stop"
+    Draft202012Validator(CITY_REPORT).validate(json.loads(whole.choices[0].message.content))
+    assert client.chat.completions.create(**asked, max_tokens=num_tokens).choices[0].finish_reason == "stop"
+
+
+@pytest.mark.parametrize("temperature", [0, 1.5])
+def test_openai_gets_the_calls_it_asked_for(client: openai.OpenAI, temperature: float) -> None:
+    for seed, choice in enumerate(["required", {"type": "function", "function": {"name": "report"}}, "report"]):
+        answer = client.chat.completions.create(
+            model="x",
+            messages=QUESTION,
+            tools=[REPORT_TOOL, NOW_TOOL],
+            tool_choice=choice,
+            parallel_tool_calls=False,
+            temperature=temperature,
+            seed=seed,
+            max_tokens=300,
+        ).choices[0]
+
+        [call] = answer.message.tool_calls
+        assert (answer.finish_reason, answer.message.content) == ("tool_calls", None)
+        if choice != "required":
+            assert call.function.name == "report"
+        arguments = json.loads(call.function.arguments)
+        assert isinstance(arguments, dict)
+        if call.function.name == "report":
+            Draft202012Validator(CITY_REPORT).validate(arguments)
+
+
+def test_openais_stream_helper_puts_calls_together(client: openai.OpenAI) -> None:
+    asked = {
+        "model": "x", "messages": QUESTION, "tools": [REPORT_TOOL], "tool_choice": "required", "max_tokens": 300,
+        "temperature": 0, "parallel_tool_calls": False,
+    }  # fmt: skip
+    whole = client.chat.completions.create(**asked)
+    with client.chat.completions.stream(**asked) as events:
+        kinds = [event.type for event in events]
+        final = events.get_final_completion().choices[0]
+
+    [call], [expected] = final.message.tool_calls, whole.choices[0].message.tool_calls
+    assert call.function.name == expected.function.name
+    assert call.function.arguments == expected.function.arguments
+    assert len(call.id) == len(expected.id)
+    assert final.finish_reason == "tool_calls"
+    assert kinds.count("tool_calls.function.arguments.delta") > 3
+
+
+def test_openai_parses_into_its_own_models(client: openai.OpenAI) -> None:
+    class City(pydantic.BaseModel):
+        name: str = pydantic.Field(max_length=20)
+        population: int = pydantic.Field(gt=0, lt=10_000_000)
+        kind: Literal["capital", "other"]
+        share: float | None = pydantic.Field(ge=0, le=1)
+
+    answer = client.chat.completions.parse(
+        model="x", messages=QUESTION, response_format=City, temperature=1.2, seed=1, max_tokens=200
+    )
+
+    assert isinstance(answer.choices[0].message.parsed, City)
+
+
+def test_openai_reads_structured_responses(client: openai.OpenAI) -> None:
+    format_ = {"type": "json_schema", "name": "report", "schema": CITY_REPORT, "strict": True}
+
+    answer = client.responses.create(
+        model="x", input="Report!", temperature=0, max_output_tokens=200, text={"format": format_}
+    )
+
+    assert answer.status == "completed"
+    Draft202012Validator(CITY_REPORT).validate(json.loads(answer.output_text))
 
 
 def test_scores_are_those_of_transformers(client: openai.OpenAI, smollm2: Path) -> None:

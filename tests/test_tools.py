@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import pytest
 
 from router.text.reasoning import ReasoningSplitter
-from router.text.tools import FORMATS, ToolParser, describe_tools, find_format
+from router.text.tools import FORMATS, MISTRAL_FORM, MISTRAL_HEADER_FORM, ToolParser, describe_tools, find_format
 
 NAMES = frozenset({"weather", "now"})
 TRICKY = {"city": 'Zürich "\\" }]', "nested": {"a": [1, {"b": "</tool_call>"}], "c": None}, "n": -1.5e3, "ok": True}
@@ -71,6 +71,7 @@ CALLS = [
     ("hermes", '<tool_call>{"name": "weather", "arguments": {"ci', "", [("weather", '{"ci')]),
     ("hermes", '<tool_call>{"name": "now"}</tool_c', "", [("now", "{}")]),
     ("hermes", '<tool_call>{"name": "now"}</tool_call> Done.', "Done.", [("now", "{}")]),
+    ("hermes", '<tool_call>{"name": "now"}</tool_call>\n<tool_call>\n{"name": "wea', "", [("now", "{}")]),
     ("llama", f'{{"name": "weather", "parameters": {A}}}', "", [("weather", A)]),
     ("llama", f'{{"type": "function", "name": "weather", "parameters": {B}}}', "", [("weather", B)]),
     ("llama", f'<|python_tag|>{{"name": "other", "parameters": {B}}}', "", [("other", B)]),
@@ -205,6 +206,25 @@ def test_the_family_is_read_off_the_templates() -> None:
     assert find_format(["plain", "{{ '<|python_tag|>' }}"]) is FORMATS["llama"]
     assert find_format(["{{ '<tool_call>' }}"]) is FORMATS["hermes"]
     assert find_format([]) is FORMATS["hermes"]
+
+
+def test_a_family_may_be_named_and_its_form_is_still_read_off_the_templates() -> None:
+    headers = ["{{ '[TOOL_CALLS]' }}{{ name }}[ARGS]{{ arguments }}"]
+
+    assert find_format(["{{ '[TOOL_CALLS]' }}"], "llama") is FORMATS["llama"]
+    assert find_format(headers).form is find_format(headers, "mistral").form is MISTRAL_HEADER_FORM
+    assert find_format([], "mistral").form is MISTRAL_FORM
+
+
+def test_an_answer_that_had_to_be_calls_has_no_content() -> None:
+    parser = ToolParser(FORMATS["hermes"], NAMES, only_calls=True)
+
+    delta = parser.feed('<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>\n<tool_call>\n{"na')
+
+    assert [call.name for call in delta.calls] == ["now"]
+    assert delta.content == parser.close().content == ""
+    cut = ToolParser(FORMATS["hermes"], NAMES, only_calls=True)
+    assert cut.feed("<tool_call>\n{").content + cut.close().content == ""
 
 
 def test_tools_are_described_behind_the_last_message() -> None:

@@ -15,15 +15,24 @@ from fastapi import APIRouter, Request, Response
 
 from router.api import render
 from router.api.admission import Services
-from router.api.body import read_body, read_json
-from router.api.openai_bodies import ChatRequest, CompletionRequest, LoadRequest, ResponseRequest
+from router.api.body import Parsed, fit_body, read_body, read_json
+from router.api.openai_bodies import (
+    NO_CONFIG,
+    ChatRequest,
+    CompletionRequest,
+    GenerationConfig,
+    LoadRequest,
+    ResponseRequest,
+    SamplingBody,
+)
 from router.api.openai_chat import chat, chat_tokens
 from router.api.openai_completions import completions
 from router.api.openai_responses import responses
 from router.api.openapi import failures, takes
+from router.api.replay import Endpoint, shared
 from router.api.sse import EventStream, frame
-from router.api.tgi import Endpoint
 from router.errors import NotReady, UnknownModel
+from router.validate import is_repeatable
 
 JSON_TYPE: Final = "application/json"
 MESSAGES: Final = ({"role": "user", "content": "What is the capital of France?"},)
@@ -52,16 +61,19 @@ def openai_routes(services: Services) -> V1:
     @router.post(
         "/v1/completions", responses=dict(GENERATES), openapi_extra=takes(CompletionRequest, COMPLETION_EXAMPLE)
     )
+    @shared(services.answers, "/v1/completions", _is_repeatable_completion)
     async def create_completion(request: Request) -> Response:
         """Go on with one or several prompts."""
         return await completions(services, request, await read_body(request, CompletionRequest, limit_bytes=limit))
 
     @router.post("/v1/chat/completions", responses=dict(GENERATES), openapi_extra=takes(ChatRequest, CHAT_EXAMPLE))
+    @shared(services.answers, "/v1/chat/completions", _is_repeatable_chat)
     async def create_chat_completion(request: Request) -> Response:
         """Answer in a conversation."""
         return await chat(services, request, await read_body(request, ChatRequest, limit_bytes=limit))
 
     @router.post("/v1/responses", responses=dict(GENERATES), openapi_extra=takes(ResponseRequest, RESPONSE_EXAMPLE))
+    @shared(services.answers, "/v1/responses", _is_repeatable_response)
     async def create_response(request: Request) -> Response:
         """Answer a text."""
         return await responses(services, request, await read_json(request, limit_bytes=limit))
@@ -83,6 +95,24 @@ def openai_routes(services: Services) -> V1:
         return EventStream(frame(render.to_bytes(status)), _nothing_more(), {})
 
     return V1(router, create_chat_completion, create_completion)
+
+
+def _is_repeatable_completion(parsed: Parsed) -> bool:
+    return _is_repeatable(fit_body(parsed, CompletionRequest), NO_CONFIG)
+
+
+def _is_repeatable_chat(parsed: Parsed) -> bool:
+    body = fit_body(parsed, ChatRequest)
+    return _is_repeatable(body, body.generation_config)
+
+
+def _is_repeatable(body: SamplingBody, config: GenerationConfig) -> bool:
+    return is_repeatable(body.to_parameters(config, max_new_tokens=None, num_top=None), body.to_manner(config))
+
+
+def _is_repeatable_response(parsed: Parsed) -> bool:
+    """These bodies bring no seed."""
+    return fit_body(parsed, ResponseRequest).temperature == 0
 
 
 def model_routes(services: Services) -> APIRouter:

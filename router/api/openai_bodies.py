@@ -6,14 +6,17 @@ wrong type is told in serde's words. What is understood but not supported is ref
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final, TypeVar
+from dataclasses import dataclass
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 import orjson
 from pydantic import BeforeValidator, Field, WithJsonSchema
 from pydantic import ValidationError as PydanticError
 
+from router.api.openai_formats import read_format
 from router.api.schemas import F32, I32, U32, Body, Bool, Seed, Text, mismatch, refusal
 from router.errors import ValidationError
+from router.text.grammar import Grammar
 from router.validate import Manner, Parameters
 
 MAX_CHOICES: Final = 128
@@ -135,15 +138,23 @@ def _tool(value: object) -> Json:
     return {"type": "function", "function": {**rest, "parameters": parameters}}
 
 
-def _tool_choice(value: object) -> str:
-    """`auto`, `none`, `required`, or the name of a function."""
-    if value is None:
-        return "auto"
-    if isinstance(value, str):
-        return value
-    function = value.get("function") if isinstance(value, dict) else None
-    if isinstance(function, dict) and isinstance(function.get("name"), str):
-        return str(function["name"])
+@dataclass(frozen=True, slots=True)
+class ToolChoice:
+    """Whether functions are called; `name` is the only one that may be."""
+
+    mode: Literal["auto", "none", "required"] = "auto"
+    name: str | None = None
+
+
+def _tool_choice(value: object) -> ToolChoice:
+    """A mode, a function's name alone, as TGI's clients send it, or a function."""
+    match value:
+        case None:
+            return ToolChoice()
+        case "auto" | "none" | "required":
+            return ToolChoice(value)
+        case str(name) | {"function": {"name": str(name)}}:
+            return ToolChoice("required", name)
     raise mismatch(value, "auto, none, required, or a function")
 
 
@@ -166,6 +177,12 @@ def _generation_config(value: object) -> GenerationConfig:
         raise refusal("invalid `generation_config`, expected transformers' GenerationConfig as JSON") from error
 
 
+def _format(value: object) -> object:
+    """As it came, for it is told back."""
+    read_format(value)
+    return value
+
+
 def _schema(**schema: object) -> WithJsonSchema:
     return WithJsonSchema(dict(schema))
 
@@ -176,6 +193,7 @@ Stops = Annotated[tuple[str, ...], BeforeValidator(_stops), STRINGS]
 Biases = Annotated[dict[str, float], BeforeValidator(_biases), _schema(type="object")]
 Prompts = Annotated[list[Any], BeforeValidator(_prompts), STRINGS]
 Objects = _schema(type="array", items={"type": "object"})
+Format = Annotated[Grammar | None, BeforeValidator(read_format), _schema(type="object")]
 
 
 class GenerationConfig(Body):
@@ -213,6 +231,9 @@ class SamplingBody(Body):
     n: U32 = Field(None, description="How many answers to each prompt.", examples=[1])
     presence_penalty: F32 = Field(None, description="Subtracted from the logit of every generated token.")
     repetition_penalty: F32 = Field(None, description="1 is no penalty.")
+    response_format: Format = Field(
+        None, description="text, json_object, json_schema or regex, in OpenAI's, TGI's and Hugging Face's shapes."
+    )
     seed: Seed = Field(None, description="Of the random numbers.", examples=[42])
     stop: Stops = Field((), description="A string or a list: the text ends before the first of them.")
     stream: Bool = Field(None, description="Answer with server-sent events.")
@@ -244,6 +265,7 @@ class SamplingBody(Body):
         return Parameters(
             do_sample=True,
             frequency_penalty=self.frequency_penalty,
+            grammar=self.response_format,
             logit_bias=self.logit_bias,
             max_new_tokens=max_new_tokens,
             min_new_tokens=_first(self.min_tokens, config.min_new_tokens),
@@ -317,8 +339,9 @@ class ChatRequest(SamplingBody):
     max_completion_tokens: U32 = Field(None, description="The same as max_tokens.")
     parallel_tool_calls: Bool = Field(None, description="False: at most one call.")
     reasoning_effort: Text = Field(None, description="For templates that know it.")
-    response_format: Object = Field(None, description="Only text.")
-    tool_choice: Annotated[str, BeforeValidator(_tool_choice)] = Field("auto", description="auto or none.")
+    tool_choice: Annotated[ToolChoice, BeforeValidator(_tool_choice), _schema(type="string")] = Field(
+        ToolChoice(), description="auto, none, required, or a function: its name, or the object that names it."
+    )
     tool_prompt: Text = Field(None, description="How to call tools, for models whose template does not say.")
     tools: Annotated[list[Json], BeforeValidator(_tools), Objects] = Field([], description="Functions to call.")
     top_logprobs: U32 = Field(None, description="So many likeliest tokens with every token.")
@@ -345,8 +368,17 @@ class LoadRequest(Body):
     model: Text = Field(None, description="The model that is wanted.")
 
 
+class TextOptions(Body):
+    """`text` of /v1/responses."""
+
+    format: Annotated[dict[str, Any] | None, BeforeValidator(_format), _schema(type="object")] = Field(
+        None, description="text, json_object or json_schema."
+    )
+    verbosity: Text = Field(None, description="Only medium.")
+
+
 class ResponseRequest(Body):
-    """Body of /v1/responses, for plain text."""
+    """Body of /v1/responses, for text."""
 
     input: Annotated[list[Json], BeforeValidator(_input), _schema(type="string")] = Field(
         description="A text, or messages.", examples=["What is the capital of France?"]
@@ -357,4 +389,10 @@ class ResponseRequest(Body):
     metadata: Object = Field(None, description="Returned as it is.")
     stream: Bool = Field(None, description="Answer with server-sent events.")
     temperature: F32 = Field(None, description="Divides the logits; 0 takes the likeliest token.")
+    text: TextOptions | None = Field(None, description="What the text must look like.")
     top_p: F32 = Field(None, description="Keep the smallest set of tokens with this mass.")
+
+    @property
+    def format(self) -> dict[str, Any] | None:
+        """None: free text."""
+        return self.text.format if self.text else None

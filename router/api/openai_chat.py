@@ -37,10 +37,12 @@ from router.api.openai_run import (
 )
 from router.api.sse import unless_gone
 from router.engine import TokenEvent
-from router.errors import ValidationError
+from router.errors import ToolError, ValidationError
 from router.text.chat import Conversation
+from router.text.grammar import Grammar, InvalidGrammar
 from router.text.reasoning import MARKERS, ReasoningSplitter
-from router.text.tools import FORMATS, CallDelta, ToolFormat, ToolParser, describe_tools, find_format
+from router.text.shape import Calls, shape_answer
+from router.text.tools import CallDelta, ToolFormat, ToolParser, describe_call, describe_tools, find_format
 
 AUTO: Final = "auto"
 
@@ -55,6 +57,7 @@ class ChatReading:
     """None: the text is not searched for calls."""
     tool_names: frozenset[str]
     max_calls: int | None
+    only_calls: bool
 
 
 @dataclass(slots=True)
@@ -78,7 +81,9 @@ class ChatReader:
         self._parser: ToolParser | None = None
         if reading.tool_format is not None:
             markers |= reading.tool_format.markers
-            self._parser = ToolParser(reading.tool_format, reading.tool_names, max_calls=reading.max_calls)
+            self._parser = ToolParser(
+                reading.tool_format, reading.tool_names, max_calls=reading.max_calls, only_calls=reading.only_calls
+            )
         self._text = ChoiceText(markers)
 
     @property
@@ -144,7 +149,7 @@ async def render_prompt(services: Services, body: ChatRequest) -> str:
 
 
 def _offered_tools(body: ChatRequest) -> list[dict[str, object]]:
-    return [] if body.tool_choice == "none" else body.tools
+    return [] if body.tool_choice.mode == "none" else body.tools
 
 
 def _for_template(services: Services, message: Mapping[str, object]) -> Mapping[str, object]:
@@ -155,6 +160,9 @@ def _for_template(services: Services, message: Mapping[str, object]) -> Mapping[
     calls = message.get("tool_calls")
     if isinstance(calls, list) and not services.template.takes_text_arguments:
         changed["tool_calls"] = [{**call, "function": _with_object(call["function"])} for call in calls]
+    if isinstance(calls, list) and not services.template.shows_calls:
+        written = [describe_call(_with_object(call["function"])) for call in calls]
+        changed["content"] = "\n".join(filter(None, [str(message.get("content") or ""), *written]))
     return changed
 
 
@@ -175,35 +183,68 @@ async def understand_chat(services: Services, body: ChatRequest) -> tuple[Wish, 
     parameters = body.to_parameters(config, max_new_tokens=body.num_new_tokens, num_top=num_top)
     manner = replace(body.to_manner(config), add_special_tokens=False)
     prompt = await render_prompt(services, body)
-    names = frozenset(str(_function(tool)["name"]) for tool in _offered_tools(body))
+    functions = _callable_functions(body)
     reading = ChatReading(
         prompt=prompt,
         splits_reasoning=services.config.reasoning_parser != "none",
-        tool_format=_tool_format(services) if names else None,
-        tool_names=names,
-        max_calls=1 if body.parallel_tool_calls is False else None,
+        tool_format=_tool_format(services) if functions else None,
+        tool_names=frozenset(functions),
+        max_calls=None if _allows_several(body) else 1,
+        only_calls=body.tool_choice.mode == "required",
     )
+    parameters = replace(parameters, grammar=_shape(services, body, reading, functions))
     return Wish(prompt, parameters, manner), reading
 
 
-def _function(tool: Mapping[str, object]) -> Mapping[str, object]:
-    function = tool["function"]
-    assert isinstance(function, dict), "bodies hold tools in one form"
-    return function
+def _callable_functions(body: ChatRequest) -> dict[str, object]:
+    """The functions that may be called, with the schemas of their arguments. Raises `ToolError`."""
+    functions: dict[str, object] = {}
+    for tool in _offered_tools(body):
+        function = tool["function"]
+        assert isinstance(function, dict), "bodies hold tools in one form"
+        functions[function["name"]] = function["parameters"]
+    choice = body.tool_choice
+    if choice.name is not None:
+        if choice.name not in functions:
+            raise ToolError(f"Tool with name {choice.name[:60]} not found")
+        return {choice.name: functions[choice.name]}
+    if choice.mode == "required" and not functions:
+        raise ToolError("`tool_choice` is required, but there are no tools")
+    return functions
+
+
+def _allows_several(body: ChatRequest) -> bool:
+    return body.parallel_tool_calls is not False and body.tool_choice.name is None
+
+
+def _shape(
+    services: Services, body: ChatRequest, reading: ChatReading, functions: Mapping[str, object]
+) -> Grammar | None:
+    """What the answer must look like. Free text that may be a call is not restricted, only searched for calls.
+
+    Raises `ToolError` or `ValidationError`.
+    """
+    structure = None if reading.only_calls else body.response_format
+    calls = None
+    if reading.tool_format is not None and (reading.only_calls or structure is not None):
+        calls = Calls(reading.tool_format.form, functions, _allows_several(body))
+    try:
+        return shape_answer(
+            structure,
+            calls,
+            thinks_behind=reading.prompt if reading.splits_reasoning else None,
+            marker_id=services.tokenizer.marker_id,
+        )
+    except InvalidGrammar as error:
+        raise (ToolError(str(error)) if calls else ValidationError(f"grammar is not valid: {error}")) from error
 
 
 def _tool_format(services: Services) -> ToolFormat:
     named = services.config.tool_call_parser
-    if named != AUTO:
-        return FORMATS[named]
-    return find_format(services.template.sources)
+    return find_format(services.template.sources, None if named == AUTO else named)
 
 
 def _check_supported(services: Services, body: ChatRequest) -> None:
-    if body.response_format is not None and body.response_format.get("type") != "text":
-        raise ValidationError('`response_format` is not supported, except {"type": "text"}')
-    if body.tool_choice not in (AUTO, "none"):
-        raise ValidationError(f"`tool_choice` must be auto or none. Given: {body.tool_choice[:60]}")
     limit = services.validator.limits.max_top_n_tokens
     if (body.top_logprobs or 0) > limit:
         raise ValidationError(f"`top_logprobs` must be >= 0 and <= {limit}. Given: {body.top_logprobs}")

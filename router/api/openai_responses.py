@@ -1,6 +1,7 @@
-"""`/v1/responses` for plain text: a text or messages in, one message out, at once or as OpenAI's named events.
+"""`/v1/responses` for text: a text or messages in, one message out, at once or as OpenAI's named events.
 
-Nothing is stored, so there is nothing to go on from; fields that ask for more than text are refused by their names.
+The text may have a format, as in chat. Nothing is stored, so there is nothing to go on from; fields that ask for more
+than text are refused by their names.
 """
 
 from __future__ import annotations
@@ -43,7 +44,6 @@ UNSUPPORTED: Final[Mapping[str, tuple[object, ...]]] = {
     "previous_response_id": (),
     "prompt": (),
     "reasoning": ({},),
-    "text": ({}, {"format": {"type": "text"}}),
     "tool_choice": ("auto", "none"),
     "tools": ([],),
     "top_logprobs": (0,),
@@ -57,7 +57,7 @@ async def responses(services: Services, request: Request, parsed: Parsed) -> Res
     _check_supported(parsed.value)
     system = [{"role": "system", "content": body.instructions}] if body.instructions else []
     sampling = {"max_tokens": body.max_output_tokens, "temperature": body.temperature, "top_p": body.top_p}
-    chat = ChatRequest.model_validate({"messages": [*system, *body.input], **sampling})
+    chat = ChatRequest.model_validate({"messages": [*system, *body.input], "response_format": body.format, **sampling})
     wish, _ = await understand_chat(services, chat)
     reply = Reply.new(services, body)
     if body.stream:
@@ -70,6 +70,9 @@ def _check_supported(body: object) -> None:
     for name, harmless in UNSUPPORTED.items():
         if body.get(name) is not None and body[name] not in harmless:
             raise ValidationError(f"`{name}` is not supported")
+    text = body.get("text")
+    if isinstance(text, dict) and text.get("verbosity") not in (None, "medium"):
+        raise ValidationError("`text.verbosity` is not supported")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +106,7 @@ class Reply:
             "previous_response_id": None,
             "store": False,
             "temperature": 1.0 if body.temperature is None else body.temperature,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": body.format or {"type": "text"}},
             "tool_choice": "auto",
             "tools": [],
             "top_p": 1.0 if body.top_p is None else body.top_p,

@@ -147,15 +147,17 @@ class Body(BaseModel):
 class GrammarBody(Body):
     """What the text must look like."""
 
-    type: Literal["json", "json_object", "json_schema", "regex"] = Field(description="How `value` is to be read.")
+    type: Literal["json", "json_object", "json_schema", "regex", "lark"] = Field(
+        description="How `value` is to be read."
+    )
     value: Any = Field(
-        description="A JSON schema (object or string); for json_schema an object with one as `schema`; or a regular "
-        "expression."
+        description="A JSON schema (object or string); for json_schema an object with one as `schema`; a regular "
+        "expression; or a grammar in Lark's notation."
     )
 
     @model_validator(mode="after")
     def check_value(self) -> GrammarBody:
-        if self.type == "regex" and not isinstance(self.value, str):
+        if self.type in ("regex", "lark") and not isinstance(self.value, str):
             raise mismatch(self.value, "a string")
         if self.type == "json_schema":
             if not isinstance(self.value, dict):
@@ -165,9 +167,14 @@ class GrammarBody(Body):
         return self
 
     def to_grammar(self) -> Grammar:
-        if self.type == "regex":
-            return Grammar(GrammarKind.REGEX, self.value)
-        return Grammar(GrammarKind.JSON, self.value["schema"] if self.type == "json_schema" else self.value)
+        match self.type:
+            case "regex":
+                return Grammar(GrammarKind.REGEX, self.value)
+            case "lark":
+                return Grammar(GrammarKind.LARK, self.value)
+            case "json_schema":
+                return Grammar(GrammarKind.JSON, self.value["schema"], needs_properties=True)
+        return Grammar(GrammarKind.JSON, self.value, needs_properties=True)
 
 
 class GenerateParameters(Body):
@@ -190,7 +197,7 @@ class GenerateParameters(Body):
     frequency_penalty: F32 = Field(
         None, description="Subtracted from a token's logit for every time it was generated.", examples=[0.1]
     )
-    grammar: GrammarBody | None = Field(None, description="Structure of the text. Not supported yet.")
+    grammar: GrammarBody | None = Field(None, description="Structure of the text.")
     length_penalty: F32 = Field(
         None,
         description="Beams are compared by log-probability / length ** length_penalty: above 0 favours long ones.",

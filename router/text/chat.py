@@ -70,6 +70,7 @@ class ChatTemplate:
         self._compiled = {name: self._environment.compile_template(source) for name, source in sources.items()}
         self.takes_tools = WITH_TOOLS in sources or any(map(self._environment.mentions_tools, sources.values()))
         self.takes_text_arguments = self._probe_arguments()
+        self.shows_calls = any("tool_calls" in source for source in sources.values())
 
     @classmethod
     def load(cls, directory: Path, *, workers: int = 1) -> ChatTemplate:

@@ -31,11 +31,16 @@ class _State(Enum):
     ANSWERING = auto()
 
 
+def has_begun(prompt: str) -> bool:
+    """Whether the answer to a prompt begins inside a thought."""
+    return prompt.rstrip(BLANKS).endswith(OPENING)
+
+
 class ReasoningSplitter:
     """Reads one text, piece by piece; `prompt` stands before it. Line ends directly behind a mark are left out."""
 
     def __init__(self, prompt: str) -> None:
-        self._state = _State.THINKING if prompt.rstrip(BLANKS).endswith(OPENING) else _State.START
+        self._state = _State.THINKING if has_begun(prompt) else _State.START
         self._pending = ""
         self._at_line_start = True
 

@@ -18,7 +18,7 @@ import json
 import secrets
 import string
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 from typing import Final
 
@@ -46,9 +46,24 @@ Json = Mapping[str, object]
 
 
 @dataclass(frozen=True, slots=True)
+class CallForm:
+    """How calls are written where they must be, piece by piece; pieces that are markers may be special tokens."""
+
+    before_name: tuple[str, ...]
+    behind_name: tuple[str, ...]
+    behind_arguments: tuple[str, ...] = ()
+    opening: tuple[str, ...] = ()
+    """Before the first call; `closing` stands behind the last one."""
+    separator: tuple[str, ...] = ()
+    closing: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class ToolFormat:
     """How a family of models writes calls."""
 
+    form: CallForm
+    """What is written; everything else here is about what is read."""
     opening: str
     closing: str = ""
     fillers: str = BLANKS
@@ -66,18 +81,34 @@ class ToolFormat:
         return frozenset({self.opening, self.closing, *self.literals} - {""})
 
 
+NAMED: Final = ('{"name": "',)
+WITH_ARGUMENTS: Final = ('", "arguments": ',)
+HERMES_FORM: Final = CallForm(
+    ("<tool_call>", '\n{"name": "'), WITH_ARGUMENTS, ("}\n", "</tool_call>"), separator=("\n",)
+)
+LLAMA_FORM: Final = CallForm(NAMED, ('", "parameters": ',), ("}",), separator=("; ",))
+MISTRAL_FORM: Final = CallForm(
+    NAMED, WITH_ARGUMENTS, ("}",), opening=("[TOOL_CALLS]", "["), separator=(", ",), closing=("]",)
+)
+MISTRAL_HEADER_FORM: Final = CallForm(("[TOOL_CALLS]",), ("[ARGS]",))
+
 FORMATS: Final[Mapping[str, ToolFormat]] = {
-    "hermes": ToolFormat("<tool_call>", "</tool_call>"),
-    "llama": ToolFormat("<|python_tag|>", fillers=BLANKS + ";", may_begin_bare=True),
-    "mistral": ToolFormat("[TOOL_CALLS]", fillers=BLANKS + "[],", has_headers=True, literals=("[ARGS]", "[CALL_ID]")),
+    "hermes": ToolFormat(HERMES_FORM, "<tool_call>", "</tool_call>"),
+    "llama": ToolFormat(LLAMA_FORM, "<|python_tag|>", fillers=BLANKS + ";", may_begin_bare=True),
+    "mistral": ToolFormat(
+        MISTRAL_FORM, "[TOOL_CALLS]", fillers=BLANKS + "[],", has_headers=True, literals=("[ARGS]", "[CALL_ID]")
+    ),
 }
 
 
-def find_format(templates: Iterable[str]) -> ToolFormat:
-    """The family whose marker a model's chat templates use; hermes's where they show none."""
+def find_format(templates: Iterable[str], family: str | None = None) -> ToolFormat:
+    """The family whose marker a model's chat templates use, hermes's where they show none; or the one that is named."""
     source = "".join(templates)
-    marked = (FORMATS[name] for name in ("mistral", "llama") if FORMATS[name].opening in source)
-    return next(marked, FORMATS["hermes"])
+    if family is None:
+        marked = (name for name in ("mistral", "llama") if FORMATS[name].opening in source)
+        family = next(marked, "hermes")
+    found = FORMATS[family]
+    return replace(found, form=MISTRAL_HEADER_FORM) if found.has_headers and "[ARGS]" in source else found
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,13 +137,19 @@ class _State(Enum):
 
 
 class ToolParser:
-    """Reads one answer. `names` are the tools' names; calls above `max_calls` are left out."""
+    """Reads one answer. `names` are the tools' names; calls above `max_calls` are left out.
 
-    def __init__(self, format_: ToolFormat, names: Collection[str], *, max_calls: int | None = None) -> None:
+    With `only_calls` there is no content: an answer that had to be calls has nothing else, only a call that was cut.
+    """
+
+    def __init__(
+        self, format_: ToolFormat, names: Collection[str], *, max_calls: int | None = None, only_calls: bool = False
+    ) -> None:
         self.num_calls = 0
         self._format = format_
         self._names = names
         self._max_calls = max_calls
+        self._only_calls = only_calls
         self._state = _State.START if format_.may_begin_bare else _State.TEXT
         self._pending = ""
         self._doubtful: list[str] = []  # taken for part of a call, but no call has been found in it yet
@@ -128,15 +165,15 @@ class ToolParser:
         return self._take_delta()
 
     def close(self) -> ToolDelta:
-        """The answer ends here: what was held back is content now."""
-        is_cut_marker = self._state is _State.BETWEEN and self.num_calls > 0
-        if not is_cut_marker and not (self._state is _State.CALL and self._reader.is_call):
+        """The answer ends here: what was held back is content now, unless it belongs to a call or begins one more."""
+        is_cut_call = self._state in (_State.BETWEEN, _State.CALL) and self.num_calls > 0
+        if not is_cut_call:
             self._give_back()
             self._content.append(self._pending)
         return self._take_delta()
 
     def _take_delta(self) -> ToolDelta:
-        delta = ToolDelta("".join(self._content), self._calls)
+        delta = ToolDelta("" if self._only_calls else "".join(self._content), self._calls)
         self._content, self._calls = [], []
         return delta
 
@@ -424,3 +461,9 @@ def describe_tools(messages: Sequence[Json], tools: Sequence[Json], instructions
     listed = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
     text = f"{last.get('content') or ''}\n---\n{listed}\n{instructions or INSTRUCTIONS}"
     return [*before, {**last, "content": text}]
+
+
+def describe_call(function: Json) -> str:
+    """A call of the past as `INSTRUCTIONS` ask for it, for templates that do not show calls themselves."""
+    call = {NAME_KEY: function[NAME_KEY], "arguments": function["arguments"]}
+    return f"<tool_call>{json.dumps(call, ensure_ascii=False)}</tool_call>"
