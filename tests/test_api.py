@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import socket
 import struct
 from collections.abc import AsyncIterator, Callable
@@ -512,6 +513,33 @@ def test_metrics_are_prometheus_text_and_count_failures() -> None:
     assert response.headers["content-type"] == "text/plain; charset=utf-8"
     assert 'tgi_request_failure{err="validation"} 1.0' in response.text
     assert 'tgi_request_failure{err="overloaded"} 1.0' in response.text
+
+
+NO_ROLE_KNOWN = "{{ raise_exception('no') }}"
+CHAT: Json = {"messages": [{"role": "user", "content": "a"}]}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "cause"),
+    [
+        ("/generate_stream", with_parameters(temperature=-1.0), "validation"),
+        ("/vertex", {"instances": [with_parameters(max_new_tokens=0)]}, "validation"),
+        ("/v1/chat/completions", CHAT | {"n": 0}, "validation"),
+        ("/v1/chat/completions", CHAT, "template"),
+        ("/v1/chat/completions", CHAT | {"stream": True}, "template"),
+        ("/chat_tokenize", CHAT, "template"),
+        ("/vertex", {"instances": [CHAT]}, "template"),
+        ("/generate", {}, None),
+        ("/no/such", {}, None),
+    ],
+)
+def test_every_refusal_is_counted_once_by_its_cause(path: str, body: Json, cause: str | None) -> None:
+    client = Client(template_source=NO_ROLE_KNOWN)
+
+    assert client.post(path, body).status_code >= 400
+
+    counts = dict(re.findall(r'tgi_request_failure\{err="(\w+)"\} ([\d.]+)', client.get("/metrics").text))
+    assert {name: count for name, count in counts.items() if count != "0.0"} == ({cause: "1.0"} if cause else {})
 
 
 def test_success_is_logged_once_without_the_prompt(caplog: pytest.LogCaptureFixture) -> None:

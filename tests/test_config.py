@@ -167,16 +167,17 @@ def test_every_flag_without_effect_is_accepted_and_noticed() -> None:
 
 
 def test_variables_without_effect_are_noticed_unless_they_switch_off() -> None:
-    environ = {"SPECULATE": "2", "TRUST_REMOTE_CODE": "false", "USAGE_STATS": "off", "ENV": "production"}
+    environ = {"KV_CACHE_DTYPE": "fp8", "TRUST_REMOTE_CODE": "false", "USAGE_STATS": "off", "ENV": "production"}
 
-    assert load_config([], environ).notices == ("SPECULATE has no effect: nothing is speculated",)
+    assert load_config([], environ).notices == ("KV_CACHE_DTYPE has no effect: KV memory has the model's dtype",)
 
 
 def test_ways_of_quantizing_that_are_not_ours_are_noticed() -> None:
     notice = "--quantize awq has no effect: weights are used as they are stored"
 
     assert load_config([], {"QUANTIZE": "awq"}).notices == (notice,)
-    assert load_config(["--quantize", "int8"], {}).notices == ()
+    for own in ("none", "bf16", "int8", "int4"):
+        assert load_config(["--quantize", own], {}).notices == ()
 
 
 def test_key_is_not_shown() -> None:
@@ -196,6 +197,17 @@ def test_help_names_every_setting_with_its_default(capsys: pytest.CaptureFixture
     assert ended.value.code == 0
     assert all(f"--{field.name.replace('_', '-')} " in text for field in fields(Config))
     assert "(default: 3000)" in text
+    assert "SHARDSTREAM_<FLAG>" in text
+
+
+def test_help_has_the_groups_of_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        load_config(["--help"], {})
+
+    shown = re.findall(r"^(\w[\w ]*):$", capsys.readouterr().out, re.MULTILINE)
+    groups = re.findall(r"^\| \*\*(.+)\*\*", config_table(), re.MULTILINE)
+    assert shown == ["options", *groups]
+    assert len(groups) == len(set(groups)) >= 8
 
 
 def test_table_has_a_row_for_every_setting() -> None:

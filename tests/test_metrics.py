@@ -25,7 +25,8 @@ COUNTERS = {
     "tgi_request_count": [""],
     "tgi_request_success": [""],
     "tgi_request_failure": [
-        f'{{err="{cause}"}}' for cause in ("overloaded", "validation", "incomplete", "dropped", "generation")
+        f'{{err="{cause}"}}'
+        for cause in ("overloaded", "validation", "template", "incomplete", "dropped", "generation")
     ],
     "tgi_batch_inference_count": ['{method="prefill"}', '{method="decode"}'],
     "tgi_batch_inference_success": ['{method="prefill"}', '{method="decode"}'],

@@ -164,17 +164,21 @@ class StreamingClient:
         self._socket.close()
 
 
-def kill_clients(server: Server) -> None:
-    """Returns when nothing of them is left. Every permit is taken meanwhile, so a lost one shows in the next round."""
+def kill_clients(server: Server) -> float:
+    """Returns when nothing of them is left, and how many seconds that took. Every permit is taken meanwhile, so a lost
+    one shows in the next round."""
     cancelled_before = metric(server, "shardstream_cancelled_count")
     clients = [StreamingClient(server) for _ in range(NUM_CLIENTS)]
     for client in clients:
         client.read_first_event()
     for index, client in enumerate(clients):
         client.die(reset=index % 2 == 0)
+    died_at = time.monotonic()
     names = ("tgi_batch_current_size", "tgi_queue_size", "shardstream_kv_cache_utilization")
     until(lambda: not any(metric(server, name) for name in names))
+    settled_s = time.monotonic() - died_at
     assert metric(server, "shardstream_cancelled_count") - cancelled_before == NUM_CLIENTS
+    return settled_s
 
 
 def resident_bytes(server: Server) -> int:
@@ -188,11 +192,11 @@ def num_open_files(server: Server) -> int:
 
 def test_clients_killed_inside_their_streams_leave_nothing(server: Server) -> None:
     num_open = num_open_files(server)
-    kill_clients(server)
+    settled_s = [kill_clients(server)]
     resident = resident_bytes(server)
-    for _ in range(2):
-        kill_clients(server)
+    settled_s += [kill_clients(server) for _ in range(2)]
 
+    assert min(settled_s) < 1.0, "the best of three, because a busy machine may hold up any of them"
     until(lambda: num_open_files(server) <= num_open)
     assert resident_bytes(server) - resident < 8 << 20
     assert generate(server, PROMPT, max_new_tokens=4)["generated_tokens"] == 4

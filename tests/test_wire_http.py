@@ -10,22 +10,23 @@
 
     {"generated_text":" Paris"}
 
-Numbers that differ from run to run are written as `*`. Behind the model stands a script, named here by the exchange.
+Times are written as `*`, random ids as zeros. Behind the model stands a script, named here by the exchange.
 """
 
 from __future__ import annotations
 
 import re
+import secrets
+import time
 from pathlib import Path
 from typing import NamedTuple
 
 import httpx
 import pytest
 
-from router import validate
 from router.core.request import FinishReason
 from router.engine import Token
-from router.errors import GenerationFailed, NotReady, Overloaded
+from router.errors import GenerationFailed, IncompleteGeneration, IncompleteStream, NotReady, Overloaded
 from tests.http_app import PARIS, Client, FakeEngine, Script
 
 EXCHANGES = Path(__file__).parent / "data" / "http"
@@ -57,6 +58,10 @@ SCRIPTS: dict[str, list[Script]] = {
     "an instance fails": [Script(), Script((), error=FAILURE)],
     "two tensors": [Script(), STOPPED],
     "a tensor fails": [Script((), error=FAILURE)],
+    "incomplete": [Script((), error=IncompleteGeneration())],
+    "incomplete behind the first event": [Script(PARIS[:1], error=IncompleteStream())],
+    "completion of several prompts": [Script(), Script((Token(7, " Rome", -1.0, False),), reason=FinishReason.LENGTH)],
+    "chat that fails behind the first event": [Script(PARIS[:1], error=FAILURE)],
 }
 REFUSALS = {"overloaded": Overloaded(7), "overloaded stream": Overloaded(7), "not ready": NotReady("unhealthy")}
 SETTINGS: dict[str, dict[str, object]] = {
@@ -66,6 +71,8 @@ SETTINGS: dict[str, dict[str, object]] = {
     "best_of above its limit": {"max_best_of": 1},
     "a path of the platform": {"aip_predict_route": "/p:predict"},
     "served name": {"served_model_name": "org/m"},
+    "a model by a name with slashes": {"served_model_name": "org/m"},
+    "conversation that its template refuses": {"template_source": "{{ raise_exception('Roles must alternate') }}"},
 }
 
 
@@ -114,7 +121,9 @@ def mask(name: str, value: str) -> str:
 
 @pytest.mark.parametrize("exchange", read_exchanges(), ids=lambda exchange: exchange.name)
 def test_answers_are_the_recorded_bytes(exchange: Exchange, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(validate.secrets, "randbits", lambda _: 2**64 - 1)
+    monkeypatch.setattr(secrets, "randbits", lambda _: 2**64 - 1)
+    monkeypatch.setattr(secrets, "token_hex", lambda num_bytes: "00" * num_bytes)
+    monkeypatch.setattr(time, "time_ns", lambda: 1_700_000_000 * 10**9)
 
     response = perform(exchange)
 
@@ -124,9 +133,9 @@ def test_answers_are_the_recorded_bytes(exchange: Exchange, monkeypatch: pytest.
 def test_every_route_has_an_exchange() -> None:
     lines = {exchange.request.partition("\n")[0] for exchange in read_exchanges()}
     documented = Client().app.openapi()["paths"]
-    native = {f"{method.upper()} {path}" for path, methods in documented.items() for method in methods}
-    wanted = {line for line in native if not line.split()[1].startswith("/v1/")}
-    placed = {line.replace("{model_name}", "m").replace("{model_version}", "1") for line in wanted}
+    wanted = {f"{method.upper()} {path}" for path, methods in documented.items() for method in methods}
+    names = {"{model_name}": "m", "{model_version}": "1", "{model_id}": "org/m"}
+    placed = {re.sub(r"\{\w+\}", lambda found: names[found[0]], line) for line in wanted}
 
     assert placed - lines == {"GET /metrics"}
 

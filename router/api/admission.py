@@ -12,14 +12,15 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
 from router.api.middleware import TRACE_ID
+from router.api.replay import SharedAnswers
 from router.config import Config
 from router.core.request import Request
 from router.engine import Finish, Generation
-from router.errors import Overloaded, ValidationError
+from router.errors import Overloaded
 from router.metrics import Gauges, Metrics
 from router.text.chat import ChatTemplate
 from router.text.tokenizer import Tokenizer
@@ -58,6 +59,8 @@ class Services:
     template: ChatTemplate
     model_sha: str | None = None
     """The hub commit that the weights are from, None when they are from elsewhere."""
+    answers: SharedAnswers | None = None
+    """None: every request is computed."""
 
 
 class Permits:
@@ -132,20 +135,25 @@ async def admitted_together(
     """The same for several prompts: nothing is submitted before all are valid. Raises as `admitted`."""
     begun_at = time.perf_counter()
     validator = services.validator
-    try:
-        num = sum(validator.num_sequences(w.parameters, stream=stream, manner=w.manner) for w in wishes)
-        with services.permits.take(num):
-            demands = [await validator.validate(w.inputs, w.parameters, request_id, w.manner) for w in wishes]
-            validated_at = time.perf_counter()
-            services.metrics.observe("tgi_request_validation_duration", validated_at - begun_at)
-            with _submitted(services.engine, demands) as submitted:
-                yield [
-                    Call(wish.inputs, demand, generations, begun_at, validated_at)
-                    for wish, demand, generations in zip(wishes, demands, submitted, strict=True)
-                ]
-    except (ValidationError, Overloaded) as error:
-        services.metrics.count("tgi_request_failure", label=str(error.error_type))
-        raise
+    num = sum(validator.num_sequences(w.parameters, stream=stream, manner=w.manner) for w in wishes)
+    with services.permits.take(num):
+        demands = [await _validated(validator, wish, request_id) for wish in wishes]
+        validated_at = time.perf_counter()
+        services.metrics.observe("tgi_request_validation_duration", validated_at - begun_at)
+        with _submitted(services.engine, demands) as submitted:
+            yield [
+                Call(wish.inputs, demand, generations, begun_at, validated_at)
+                for wish, demand, generations in zip(wishes, demands, submitted, strict=True)
+            ]
+
+
+async def _validated(validator: Validator, wish: Wish, request_id: str) -> Demand:
+    """As part of the client's trace, if it has one."""
+    demand = await validator.validate(wish.inputs, wish.parameters, request_id, wish.manner)
+    trace_id = TRACE_ID.get()
+    if trace_id is None:
+        return demand
+    return replace(demand, requests=tuple(replace(request, trace_id=trace_id) for request in demand.requests))
 
 
 @contextmanager

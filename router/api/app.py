@@ -6,9 +6,11 @@ place: the exception. A further API joins as one more router in `create_app`.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Final
 
 from fastapi import Depends, FastAPI, Request, Response
 from starlette.exceptions import HTTPException
@@ -21,15 +23,35 @@ from router.api.middleware import Cors, Head, RequestId, TraceContext
 from router.api.openai import model_routes, openai_routes
 from router.api.openapi import DocumentedApp
 from router.api.ops import health_routes, info_routes
+from router.api.replay import SharedAnswers
 from router.api.sse import ClientGone
 from router.api.tgi import native_routes
 from router.api.vertex import vertex_routes
 from router.config import VERSION, Config
-from router.errors import NotReady, Overloaded, RouterError, Unauthorized
+from router.errors import (
+    BodyTooSlow,
+    IncompleteBatch,
+    NotReady,
+    Overloaded,
+    RouterError,
+    TemplateError,
+    Unauthorized,
+    ValidationError,
+)
 from router.metrics import Metrics
 from router.text.chat import ChatTemplate
 from router.text.tokenizer import Tokenizer
 from router.validate import Validator
+
+COUNTED: Final[Mapping[type[RouterError], str]] = {
+    Overloaded: "overloaded",
+    TemplateError: "template",
+    ValidationError: "validation",
+}
+"""Refusals that `tgi_request_failure` counts, and as what."""
+
+NOT_READY_DELAY_S: Final = 0.25
+"""Some clients ask again at once, and for ever, as long as the answer is 503."""
 
 
 def create_app(
@@ -48,7 +70,8 @@ def create_app(
     """
     template = template or ChatTemplate({}, {})
     permits = Permits(config.max_concurrent_requests)
-    services = Services(config, engine, validator, tokenizer, metrics, permits, template, model_sha)
+    answers = SharedAnswers(config, model_sha, metrics) if config.response_cache_bytes else None
+    services = Services(config, engine, validator, tokenizer, metrics, permits, template, model_sha, answers)
     app = DocumentedApp(
         title="Shardstream",
         version=VERSION,
@@ -68,7 +91,7 @@ def create_app(
     app.include_router(info_routes(services), dependencies=keyed if config.protect_info else [])
     app.include_router(health_routes(services))
     app.include_router(kserve_probes(services))
-    app.add_exception_handler(RouterError, _refuse)
+    app.add_exception_handler(RouterError, _refusing(metrics))
     app.add_exception_handler(HTTPException, _refuse_route)
     app.add_exception_handler(ClientGone, _say_nothing)
     app.add_exception_handler(Exception, _admit_failure)
@@ -96,13 +119,30 @@ def _digest(authorization: str) -> bytes:
     return hashlib.sha256(authorization.lower().encode()).digest()
 
 
-async def _refuse(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RouterError)
+def _refusing(metrics: Metrics) -> Callable[[Request, Exception], Awaitable[Response]]:
+    """Answers what was raised before the first byte. What fails behind the queue is counted there."""
+
+    async def refuse(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RouterError)
+        cause = error.__cause__ if isinstance(error, IncompleteBatch) else error
+        label = next((label for kind, label in COUNTED.items() if isinstance(cause, kind)), None)
+        if label is not None:
+            metrics.count("tgi_request_failure", label=label)
+        if isinstance(error, NotReady) and request.method == "POST":
+            await asyncio.sleep(NOT_READY_DELAY_S)
+        return _refuse(error)
+
+    return refuse
+
+
+def _refuse(error: RouterError) -> Response:
     headers = {}
     if isinstance(error, Overloaded):
         headers["retry-after"] = str(error.retry_after_s)
     elif isinstance(error, NotReady):
         headers["retry-after"] = "1"
+    elif isinstance(error, BodyTooSlow):
+        headers["connection"] = "close"
     elif isinstance(error, Unauthorized):
         headers["www-authenticate"] = "Bearer"
     return _error(error.status, render.error(error), headers)

@@ -6,17 +6,24 @@ no client of this contract reads.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Sequence
-from typing import NamedTuple, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 import orjson
 from fastapi import Request
 from pydantic import ValidationError as PydanticError
 from pydantic_core import ErrorDetails
+from starlette.requests import ClientDisconnect
 
 from router.api.schemas import Body, mismatch
-from router.errors import BadBody, BodyTooLarge, UnsupportedMedia
+from router.api.sse import ClientGone
+from router.errors import BadBody, BodyTooLarge, BodyTooSlow, UnsupportedMedia
+
+FIRST_BYTES_S: Final = 10.0
+MIN_BYTES_PER_S: Final = 10_000
+"""How fast a body must come, behind the time for its first bytes."""
 
 B = TypeVar("B", bound=Body)
 Path = Sequence[str | int]
@@ -57,15 +64,22 @@ def _check_headers(request: Request) -> None:
 
 
 async def _read_bytes(request: Request, limit_bytes: int) -> bytes:
-    """A body that declares to be too large is refused unread."""
+    """A body that declares to be too large is refused unread, one that trickles when it should be here by now."""
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared[:20]) > limit_bytes:
         raise BodyTooLarge
-    body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > limit_bytes:
-            raise BodyTooLarge
+    body, begun_at = bytearray(), asyncio.get_running_loop().time()
+    try:
+        async with asyncio.timeout_at(begun_at + FIRST_BYTES_S) as deadline:
+            async for part in request.stream():
+                body += part
+                if len(body) > limit_bytes:
+                    raise BodyTooLarge
+                deadline.reschedule(begun_at + FIRST_BYTES_S + len(body) / MIN_BYTES_PER_S)
+    except TimeoutError:
+        raise BodyTooSlow from None
+    except ClientDisconnect:
+        raise ClientGone from None
     return bytes(body)
 
 

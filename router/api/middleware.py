@@ -47,9 +47,10 @@ class RequestId:
 
 
 class TraceContext:
-    """Takes part in a client's trace: its id goes into the log, and its `traceparent` back with the answer.
+    """Takes part in a client's trace: its id goes into the router's log and, with each sequence, into the shards', and
+    its `traceparent` back with the answer.
 
-    Shards are told nothing of it: a step serves many requests at once, so none of them could be its parent.
+    Steps have no parent: each serves many requests at once.
     """
 
     def __init__(self, app: ASGIApp) -> None:

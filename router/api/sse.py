@@ -22,6 +22,10 @@ LINE_ENDS_OF_PYTHON: Final = tuple((char.encode(), f"\\u{ord(char):04x}".encode(
 """Clients that split lines as `str.splitlines` does, httpx among them, would cut an event here."""
 
 
+ERROR: Final = b'data: {"error":'
+"""How the frame of an error begins, on every route, and no other frame does."""
+
+
 class ClientGone(Exception):
     """The client closed the connection; there is nobody to answer."""
 
@@ -31,6 +35,10 @@ def frame(payload: bytes) -> bytes:
     for char, escape in LINE_ENDS_OF_PYTHON:
         payload = payload.replace(char, escape)
     return b"data: " + payload + b"\n\n"
+
+
+def is_error(frame: bytes) -> bool:
+    return frame.startswith(ERROR)
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:

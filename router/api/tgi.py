@@ -8,7 +8,7 @@ is told in the stream.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
@@ -17,9 +17,10 @@ from fastapi import APIRouter, Request, Response
 
 from router.api import render
 from router.api.admission import Call, Services, Wish, admitted, log_success
-from router.api.body import fit_body, read_body, read_json
+from router.api.body import Parsed, fit_body, read_body, read_json
 from router.api.collect import collect
 from router.api.openapi import answers, streams, takes
+from router.api.replay import Endpoint, shared
 from router.api.schemas import (
     CompatGenerateRequest,
     GenerateRequest,
@@ -30,9 +31,7 @@ from router.api.schemas import (
 from router.api.sse import EventStream, frame, unless_gone
 from router.engine import Finish, Generation
 from router.errors import IncompleteStream, RouterError
-from router.validate import Parameters
-
-Endpoint = Callable[[Request], Awaitable[Response]]
+from router.validate import Parameters, is_repeatable
 
 JSON_TYPE: Final = "application/json"
 EXAMPLE: Final = {"inputs": "The capital of France is", "parameters": {"max_new_tokens": 5}}
@@ -66,6 +65,7 @@ def native_routes(services: Services, other_shapes: Mapping[str, Endpoint] = NO_
         responses=answers(list[GenerateResponse], [ANSWER_EXAMPLE], stream=True),
         openapi_extra=takes(CompatGenerateRequest, COMPAT_EXAMPLE),
     )
+    @shared(services.answers, "/", _is_repeatable)
     async def compat(request: Request) -> Response:
         """Generate text, at once or token by token."""
         body = await read_body(request, CompatGenerateRequest, limit_bytes=config.payload_limit)
@@ -90,12 +90,14 @@ def native_routes(services: Services, other_shapes: Mapping[str, Endpoint] = NO_
     @router.post(
         "/generate", responses=answers(GenerateResponse, ANSWER_EXAMPLE), openapi_extra=takes(GenerateRequest, EXAMPLE)
     )
+    @shared(services.answers, "/generate", _is_repeatable)
     async def generate(request: Request) -> Response:
         """Generate text."""
         body = await read_body(request, GenerateRequest, limit_bytes=config.payload_limit)
         return await unless_gone(request.receive, _answer(services, _understand(request, body), as_list=False))
 
     @router.post("/generate_stream", responses=streams(), openapi_extra=takes(GenerateRequest, EXAMPLE))
+    @shared(services.answers, "/generate_stream", _is_repeatable)
     async def generate_stream(request: Request) -> Response:
         """Generate text, token by token."""
         body = await read_body(request, GenerateRequest, limit_bytes=config.payload_limit)
@@ -117,6 +119,10 @@ def native_routes(services: Services, other_shapes: Mapping[str, Endpoint] = NO_
         return Response(rendered, media_type=JSON_TYPE)
 
     return router
+
+
+def _is_repeatable(parsed: Parsed) -> bool:
+    return is_repeatable(fit_body(parsed, GenerateRequest).to_parameters())
 
 
 async def _token_ids(services: Services, body: TokenizePromptRequest) -> Response:

@@ -1,0 +1,143 @@
+"""uvicorn's HTTP/1.1 connection with bounds on what comes before a body, and JSON refusals where it would write text.
+
+Refused here, before any route or key is looked at: heads that are too large or too slow, and requests that a proxy in
+front of us might understand differently, for want of one sensible `Host` or by an unknown coding. What a body may be
+says `body.py`.
+
+Nobody is talked to in another protocol: who offers to change it, as Java's client does with every first request, is
+answered in HTTP/1.1.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any, Final
+
+from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from router.api import render
+
+MAX_HEAD_BYTES: Final = 65_536
+MAX_HEADERS: Final = 100
+HEAD_TIMEOUT_S: Final = 5.0
+"""From a request's first byte to the end of its head."""
+
+IDLE_TIMEOUT_S: Final = 30.0
+"""From a connection's beginning to its first byte. Between requests uvicorn's own, shorter limit holds."""
+
+HOST: Final = re.compile(rb"[A-Za-z0-9._~!$&'()*+,;=:\[\]%-]*")
+"""https://www.rfc-editor.org/rfc/rfc3986#section-3.2: registered names, addresses and ports, without user names."""
+
+REFUSALS: Final[Mapping[HTTPStatus, str]] = {
+    HTTPStatus.BAD_REQUEST: "Invalid HTTP request",
+    HTTPStatus.REQUEST_TIMEOUT: f"The head of the request did not come within {HEAD_TIMEOUT_S:.0f} seconds",
+    HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE: (
+        f"The head of the request has more than {MAX_HEAD_BYTES} bytes or {MAX_HEADERS} fields"
+    ),
+}
+
+
+class RefusedHead(Exception):
+    """Raised in the parser's callbacks; it ends the parsing, and the reason is kept beside it."""
+
+
+class Connection(HttpToolsProtocol):
+    """One client's."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._num_head_bytes = 0
+        self._is_in_head = False
+        self._refusal = HTTPStatus.BAD_REQUEST
+        self._patience: asyncio.TimerHandle | None = None
+        """Ends a connection that keeps us waiting."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._patience = self.loop.call_later(IDLE_TIMEOUT_S, transport.close)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def _stop_waiting(self) -> None:
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
+
+    def data_received(self, data: bytes) -> None:
+        self._unset_keepalive_if_required()
+        try:
+            self.parser.feed_data(data)
+        except HttpParserUpgrade as stopped:
+            self._decline_upgrade(data[stopped.args[0] :])
+        except HttpParserError:
+            self._refuse(self._refusal)
+        if self._is_in_head and not self.transport.is_closing():
+            self._num_head_bytes += len(data)
+            if self._num_head_bytes > MAX_HEAD_BYTES:
+                self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._num_head_bytes, self._is_in_head = 0, True
+        self._stop_waiting()
+        self._patience = self.loop.call_later(HEAD_TIMEOUT_S, self._refuse, HTTPStatus.REQUEST_TIMEOUT)
+
+    def _decline_upgrade(self, rest: bytes) -> None:
+        """Reads the request again without the offer, at which the parser has stopped; `rest` came behind its head."""
+        line = b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
+        kept = [(name, value) for name, value in self.headers if name not in (b"connection", b"upgrade")]
+        head = [line, *(name + b": " + value for name, value in kept)]
+        if not self.parser.should_keep_alive():
+            head.append(b"connection: close")
+        self.parser = HttpRequestParser(self)
+        self.data_received(b"\r\n".join((*head, b"", rest)))
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        super().on_header(name, value)
+        if len(self.headers) > MAX_HEADERS:
+            self._refusal = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+            raise RefusedHead
+
+    def on_headers_complete(self) -> None:
+        self._is_in_head = False
+        self._stop_waiting()
+        if len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > MAX_HEAD_BYTES:
+            self._refusal = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+            raise RefusedHead
+        hosts = [value for name, value in self.headers if name == b"host"]
+        num_needed = 0 if self.parser.get_http_version() == "1.0" else 1
+        if not num_needed <= len(hosts) <= 1 or not all(map(HOST.fullmatch, hosts)):
+            raise RefusedHead
+        if self.parser.get_method() == b"CONNECT":
+            raise RefusedHead
+        if any(value.lower() != b"chunked" for name, value in self.headers if name == b"transfer-encoding"):
+            raise RefusedHead
+        if not self.parser.should_upgrade():
+            super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        if not self.parser.should_upgrade():
+            super().on_message_complete()
+
+    def _refuse(self, status: HTTPStatus) -> None:
+        """Ends the connection; an answer that is being written comes first, and nothing behind it."""
+        if self.transport.is_closing():
+            return
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.keep_alive = False
+            return
+        body = render.to_bytes({"error": REFUSALS[status]})
+        head = (
+            f"HTTP/1.1 {status} {status.phrase}",
+            "content-type: application/json",
+            f"content-length: {len(body)}",
+            "connection: close",
+        )
+        self.transport.write("\r\n".join((*head, "", "")).encode() + body)
+        self.transport.close()
