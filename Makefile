@@ -28,9 +28,15 @@ SOURCES := proto router shard tests
 CLIENTS := $(patsubst tests/clients/pins/%.txt,build/clients/%/installed,$(wildcard tests/clients/pins/*.txt)) \
 	build/clients/node/installed
 
+PEERS := build/peers
+# Its source distribution carries llama.cpp whole.
+LLAMACPP := llama-cpp-python==0.3.36
+PEER_WEIGHTS := $(addprefix $(PEERS)/weights/,bf16.gguf q8_0.gguf q4_0.gguf openvino-bf16 openvino-int8 openvino-int4 vllm-w8a8)
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup everything model kernels serve test test-all test-clients check lint types arch format proto readme bench clean distclean
+.PHONY: help setup everything model kernels serve test test-all test-clients check lint types arch format proto readme bench \
+	bench-peers peers clean distclean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -68,6 +74,11 @@ readme: setup ## Write the configuration table into README.md
 bench: setup ## Measure the server at URL
 	@$(BIN)/python -m tests.bench.load --url $(URL) $(ARGS)
 
+bench-peers: setup ## Measure llama.cpp, OpenVINO, vLLM, transformers and us in turns (installs them; half an hour)
+	@$(LOCK) $(MAKE) --no-print-directory --keep-going peers || echo "what could not be installed is left out" >&2
+	@$(BIN)/python -m tests.bench.peers $(ARGS)
+	@-$(PEERS)/tools/bin/python tests/bench/peers/plot.py $(PEERS)/results.json $(PEERS)/results.png
+
 clean: ## Remove everything built except .venv and the converted model
 	rm -rf build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 	rm -f proto/shard_pb2*
@@ -88,7 +99,7 @@ arch: setup
 	@$(BIN)/lint-imports
 
 # Each client has an environment of its own, because what they pin conflicts; the pins are complete, so nothing is
-# resolved and no torch can slip in.
+# resolved and no torch can slip in: lm-eval, which runs models too, is shown the torch of .venv by its test.
 build/clients/%/installed: tests/clients/pins/%.txt
 	@echo "installing the client $*"
 	@rm -rf $(@D) && $(BIN)/python -m venv --without-pip $(@D)
@@ -100,6 +111,44 @@ build/clients/node/installed: tests/clients/pins/node/package.json tests/clients
 	@rm -rf $(@D) && mkdir -p $(@D) && cp $^ $(@D)
 	@npm ci --prefix $(@D) --silent --no-audit --no-fund
 	@touch $@
+
+# The parts of `bench-peers`. Every engine has an environment of its own with complete pins, and torch is chosen alone as
+# in `setup`. Compilers are niced: nothing waits for them but this.
+peers: $(PEERS)/bandwidth $(PEERS)/tools/installed $(PEERS)/vllm/installed $(PEER_WEIGHTS)
+
+$(PEERS)/%/installed: tests/bench/peers/pins/%.txt
+	@echo "installing $* to measure against"
+	@rm -rf $(@D) && $(BIN)/python -m venv --without-pip $(@D)
+	@$(if $(filter tools,$*),,$(BIN)/python -m pip --python $(@D)/bin/python install -qq $(TORCH))
+	@$(BIN)/python -m pip --python $(@D)/bin/python install -qq --disable-pip-version-check --no-deps -r $<
+	@touch $@
+
+$(PEERS)/llamacpp/installed: $(PEERS)/tools/installed
+	@echo "building llama.cpp to measure against (long)"
+	@rm -rf $(@D) && mkdir -p $(@D)/source
+	@$(BIN)/python -m pip download -qq --disable-pip-version-check --no-deps --no-binary :all: -d $(@D) $(LLAMACPP)
+	@tar -xzf $(@D)/*.tar.gz -C $(@D)/source --strip-components 3 --wildcards '*/vendor/llama.cpp'
+	@PATH="$(abspath $(PEERS)/tools/bin):$$PATH"; \
+	nice cmake -S $(@D)/source -B $(@D)/build -G Ninja -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF \
+		-DLLAMA_OPENSSL=OFF -DLLAMA_USE_PREBUILT_UI=OFF > $(@D)/build.log 2>&1 && \
+	nice cmake --build $(@D)/build --target llama-server llama-quantize >> $(@D)/build.log 2>&1 || \
+		{ tail $(@D)/build.log >&2; exit 1; }
+	@echo "of $(subst ==, ,$(LLAMACPP))" > $(@D)/version
+	@touch $@
+
+$(PEERS)/weights/%.gguf: $(PEERS)/llamacpp/installed $(PEERS)/transformers/installed
+	@$(BIN)/python -m tests.bench.peers.weights $(@F)
+
+$(PEERS)/weights/q8_0.gguf $(PEERS)/weights/q4_0.gguf: $(PEERS)/weights/bf16.gguf
+
+$(PEERS)/weights/openvino-%: $(PEERS)/openvino/installed
+	@$(BIN)/python -m tests.bench.peers.weights $(@F)
+
+$(PEERS)/weights/vllm-%: $(PEERS)/vllm/installed
+	@$(BIN)/python -m tests.bench.peers.weights $(@F)
+
+$(PEERS)/bandwidth: tests/bench/peers/bandwidth.c
+	@mkdir -p $(@D) && $(CC) -O3 -march=native -pthread -o $@ $<
 
 # The parts of `setup`, run under its lock.
 everything: $(VENV)/installed proto/shard_pb2.py kernels model

@@ -65,13 +65,13 @@ class Recording:
         return StreamTimes(self.sent_at, token_times(self.arrivals))
 
 
-async def record(url: str, body: Mapping[str, Json]) -> Recording:
-    """Reads /generate_stream to its end. Raises `BenchError` if there is nobody to ask."""
+async def record(url: str, body: Mapping[str, Json], path: str = "/generate_stream") -> Recording:
+    """Reads an answer to its end. Raises `BenchError` if there is nobody to ask."""
     parts = urlsplit(url)
     host, port = parts.hostname or "127.0.0.1", parts.port or 80
     payload = json.dumps(body).encode()
     head = (
-        f"POST {parts.path}/generate_stream HTTP/1.1\r\nhost: {host}:{port}\r\ncontent-type: application/json\r\n"
+        f"POST {parts.path}{path} HTTP/1.1\r\nhost: {host}:{port}\r\ncontent-type: application/json\r\n"
         f"content-length: {len(payload)}\r\nconnection: close\r\n\r\n"
     )
     loop = asyncio.get_running_loop()
@@ -81,8 +81,11 @@ async def record(url: str, body: Mapping[str, Json]) -> Recording:
         transport, recorder = await loop.create_connection(lambda: _Recorder(ended), host, port)
     except OSError as error:
         raise BenchError(f"{url}: {error}") from error
-    transport.write(head.encode() + payload)
-    await ended
+    try:
+        transport.write(head.encode() + payload)
+        await ended
+    finally:
+        transport.close()  # Whoever gives up waiting wants the server to give up too.
     return Recording(sent_at, recorder.arrivals)
 
 
@@ -101,11 +104,8 @@ class _Recorder(asyncio.Protocol):
 
 def token_times(arrivals: Sequence[Arrival]) -> list[float]:
     """When each token event of a recorded HTTP answer was complete. Raises `BenchError` with what came instead."""
-    status, body = _unchunked(arrivals)
-    if status != 200:
-        raise BenchError(f"HTTP {status}: {b''.join(data for _, data in body)[:300].decode(errors='replace')}")
     times = []
-    for at, event in _events(body):
+    for at, event in server_sent_events(arrivals):
         payload = json.loads(event.removeprefix(b"data:"))
         if "token" not in payload:
             raise BenchError(f"in the stream: {json.dumps(payload)[:300]}")
@@ -113,6 +113,19 @@ def token_times(arrivals: Sequence[Arrival]) -> list[float]:
     if not times:
         raise BenchError("the stream ended without a token")
     return times
+
+
+def server_sent_events(arrivals: Sequence[Arrival]) -> list[Arrival]:
+    """The events of a whole HTTP answer, each when it was complete. Raises `BenchError` if it is not one with a 200."""
+    status, body = _unchunked(arrivals)
+    if status != 200:
+        raise BenchError(f"HTTP {status}: {b''.join(data for _, data in body)[:300].decode(errors='replace')}")
+    events: list[Arrival] = []
+    pending = b""
+    for at, data in body:
+        *complete, pending = (pending + data).split(b"\n\n")
+        events.extend((at, event) for event in complete if event)
+    return events
 
 
 def _unchunked(arrivals: Sequence[Arrival]) -> tuple[int, list[Arrival]]:
@@ -153,13 +166,3 @@ class _Clock:
             self._at = arrival[0]
             self._num_bytes += len(arrival[1])
         return self._at
-
-
-def _events(body: Sequence[Arrival]) -> list[Arrival]:
-    """The server-sent events of a body, each with the arrival of its end."""
-    events: list[Arrival] = []
-    pending = b""
-    for at, data in body:
-        *complete, pending = (pending + data).split(b"\n\n")
-        events.extend((at, event) for event in complete if event)
-    return events
