@@ -46,6 +46,10 @@ logger = logging.getLogger(__name__)
 SHUTTING_DOWN: Final = "the server is shutting down"
 MIN_DEADLINE_S: Final = 5.0
 MIN_PAUSE_S: Final = 0.1
+MAX_STALL_S: Final = 0.15
+"""Longest that a step's prompts should keep running streams waiting."""
+MIN_CHUNK_TOKENS: Final = 128
+"""Fewest prompt tokens of a step, however slow the shards: smaller chunks read the weights for too little."""
 MAX_PAUSE_S: Final = 5.0
 
 
@@ -139,7 +143,7 @@ class Engine:
         self._empty = asyncio.Event()
         self._empty.set()
         self._sent: deque[_Sent] = deque()
-        self._pace = _Pace()
+        self._pace = Pace()
         self._refusal: str | None = None
         self._is_over = False
         self._serving = True
@@ -259,7 +263,7 @@ class Engine:
         for sent in self._sent:
             self._metrics.count("tgi_batch_inference_failure", label=sent.method)
         self._sent.clear()
-        self._pace = _Pace()
+        self._pace = Pace()
         for emission in self._scheduler.reset(self._scheduler.limits, died=True):
             self._publish(emission)
 
@@ -296,7 +300,7 @@ class Engine:
     async def _send_plans(self) -> None:
         while self._scheduler.num_outstanding <= self._settings.lookahead:
             begun_at, codec_s = time.perf_counter(), self._client.codec_s
-            plan = self._scheduler.plan()
+            plan = self._scheduler.plan(self._pace.max_prompt_tokens)
             planned_s = time.perf_counter() - begun_at
             if plan is None:
                 return
@@ -337,7 +341,7 @@ class Engine:
 
     def _note_output(self, sent: _Sent, timings: Timings) -> None:
         step_s = time.monotonic() - sent.at
-        self._pace.note(step_s, sent.num_tokens)
+        self._pace.note(step_s, sent.num_tokens, timings.forward_us * 1e-6)
         count, observe = self._metrics.count, self._metrics.observe
         count("shardstream_step_count")
         count("tgi_batch_inference_success", label=sent.method)
@@ -463,20 +467,36 @@ def _method(plan: StepPlan) -> str:
     return "prefill" if plan.has_prompts else "decode"
 
 
-class _Pace:
-    """How long a step may take before the group counts as hung.
+class Pace:
+    """How long steps take, and what follows from it.
 
-    Twenty times the usual step or four times the usual time per token, whichever is longer: a long prompt after many
-    short steps must not look like a hang. Before anything is known the configured limit holds.
+    How long one may take before the group counts as hung: twenty times the usual step or four times the usual time per
+    token, whichever is longer. A long prompt after many short steps must not look like a hang. Before anything is known
+    the configured limit holds.
+
+    How many tokens of prompts a step may have in which others wait for their next token: as many as take `MAX_STALL_S`.
     """
 
     def __init__(self) -> None:
         self._step_s: float | None = None
         self._token_s = 0.0
+        self._prompt_token_s: float | None = None
 
-    def note(self, step_s: float, num_tokens: int) -> None:
+    def note(self, step_s: float, num_tokens: int, forward_s: float) -> None:
+        """`step_s` from sending a plan to its output, `forward_s` of that in the model."""
         self._step_s = step_s if self._step_s is None else 0.9 * self._step_s + 0.1 * step_s
         self._token_s = max(step_s / max(1, num_tokens), 0.99 * self._token_s)
+        if num_tokens >= MIN_CHUNK_TOKENS:
+            token_s = forward_s / num_tokens
+            known_s = self._prompt_token_s
+            self._prompt_token_s = token_s if known_s is None else 0.8 * known_s + 0.2 * token_s
+
+    @property
+    def max_prompt_tokens(self) -> int | None:
+        """None: not known yet, or too many to be of any use."""
+        if not self._prompt_token_s:
+            return None
+        return max(MIN_CHUNK_TOKENS, int(MAX_STALL_S / self._prompt_token_s))
 
     def deadline_s(self, num_tokens: int, limit_s: float) -> float:
         """Seconds to wait for a step of `num_tokens`."""

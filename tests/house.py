@@ -37,10 +37,17 @@ class House:
     """A scheduler and a ghost with at most `depth` plans outstanding between them."""
 
     def __init__(
-        self, limits: Limits = ROOMY, *, depth: int = 1, prefix_caching: bool = True, max_drafts: int = 0
+        self,
+        limits: Limits = ROOMY,
+        *,
+        depth: int = 1,
+        prefix_caching: bool = True,
+        max_drafts: int = 0,
+        max_prompt_tokens: int | None = None,
     ) -> None:
         self.scheduler = Scheduler(limits, prefix_seed=b"house", prefix_caching=prefix_caching, max_drafts=max_drafts)
         self.depth = depth
+        self.max_prompt_tokens = max_prompt_tokens
         self.expected: dict[Sequence, Expected] = {}
         self.plans: list[StepPlan] = []
         self.emissions: list[Emission] = []
@@ -73,7 +80,7 @@ class House:
 
     def send(self) -> StepPlan | None:
         """Plans one step and lets the ghost run it; its answer is on the way."""
-        plan = self.scheduler.plan()
+        plan = self.scheduler.plan(self.max_prompt_tokens)
         if plan is not None:
             self.plans.append(plan)
             self._answers.append((plan, self.ghost.run(encode_plan(plan))))

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from router.core.request import FinishReason, Request, Sampling
-from router.engine import Engine, TokenEvent
+from router.engine import Engine, Pace, TokenEvent
 from router.errors import GenerationFailed, GroupLost, NotReady, StartupError
 from router.group.client import Demands, GroupClient
 from router.metrics import Metrics
@@ -384,3 +384,16 @@ def test_one_router_at_a_time_drives_a_group() -> None:
             assert again.epoch > info.epoch
 
     asyncio.run(run())
+
+
+def test_prompts_feed_no_more_beside_running_streams_than_takes_the_longest_stall() -> None:
+    pace = Pace()
+    pace.note(0.5, 1, 0.005)  # a decode says nothing of prompts
+    assert pace.max_prompt_tokens is None
+
+    pace.note(0.9, 1000, 0.25)
+    assert pace.max_prompt_tokens == 600  # of 250 us each, in 0.15 s
+
+    for _ in range(40):
+        pace.note(9.0, 1000, 5.0)
+    assert pace.max_prompt_tokens == 128, "slow shards get chunks worth reading the weights for"

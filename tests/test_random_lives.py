@@ -22,7 +22,13 @@ class RandomLife:
         depth = self.random.randint(1, 3)
         caching = self.random.random() < 0.85
         max_drafts = self.random.choice((0, 1, 3, 6))
-        self.house = House(self._draw_limits(), depth=depth, prefix_caching=caching, max_drafts=max_drafts)
+        self.house = House(
+            self._draw_limits(),
+            depth=depth,
+            prefix_caching=caching,
+            max_drafts=max_drafts,
+            max_prompt_tokens=self.random.choice((None, None, 3)),
+        )
         self.num_to_come = self.random.randint(4, 20)
         self.crash_chance = self.random.choice((0.0, 0.01, 0.03, 0.2))
         self.common_prompt = [self.random.randrange(5) for _ in range(40)]

@@ -227,6 +227,21 @@ def test_a_prompt_is_fed_in_chunks_of_what_the_decodes_leave() -> None:
     assert max(plan.num_tokens for plan in house.plans) == 6
 
 
+def test_a_prompt_is_fed_in_smaller_chunks_while_others_wait_for_their_next_token() -> None:
+    house = House(Limits(num_blocks=65, block_size=4, max_seats=4, max_step_tokens=64), max_prompt_tokens=5)
+    house.add(make_request(range(1, 9), 3))
+    house.turn()
+    house.add(make_request(range(21, 43), 2))
+
+    house.run()
+
+    first_alone, *_ = house.plans[0].rows
+    second = [row.num_tokens for plan in house.plans for row in plan.rows if row.seat == 1]
+    assert first_alone.num_tokens == 8
+    assert second == [5, 5, 12, 1], "the last chunk has the step to itself"
+    assert house.scheduler.counters.num_fed_tokens == sum(plan.num_tokens for plan in house.plans)
+
+
 def test_a_budget_below_the_number_of_sequences_serves_them_in_order() -> None:
     house = House(Limits(num_blocks=65, block_size=4, max_seats=4, max_step_tokens=2), depth=2)
     for n in range(4):

@@ -262,8 +262,11 @@ class Scheduler:
 
     # Planning
 
-    def plan(self) -> StepPlan | None:
-        """Decides the next step. None: there is nothing to send before the next answer or request."""
+    def plan(self, max_prompt_tokens: int | None = None) -> StepPlan | None:
+        """Decides the next step. None: there is nothing to send before the next answer or request.
+
+        `max_prompt_tokens` bounds what prompts may feed in a step in which other sequences decode, and wait for it.
+        """
         suspect = self._probation.first
         if suspect is not None:
             return self._plan_alone(suspect)
@@ -279,7 +282,10 @@ class Scheduler:
             decodes, prompts = self._split_running()
         draft = _Draft(self._limits.max_step_tokens, num_spare_blocks)
         self._add_decodes(draft, decodes)
+        num_withheld = max(0, draft.budget - max_prompt_tokens) if decodes and max_prompt_tokens is not None else 0
+        draft.budget -= num_withheld
         self._add_prompts(draft, prompts)
+        draft.budget += num_withheld
         return self._send(draft)
 
     def _split_running(self) -> tuple[list[Sequence], list[Sequence]]:
