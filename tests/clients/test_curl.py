@@ -49,6 +49,13 @@ def test_row_63_tokenize(plain_server: Server) -> None:
     assert [(token["start"], token["stop"]) for token in tokens] == [(0, 5), (5, 6), (6, 7)]
 
 
+def test_row_63_chat_tokenize(plain_server: Server) -> None:
+    answer = json.loads(curl(f"{plain_server.url}/chat_tokenize", {"messages": [{"role": "user", "content": "Hi"}]}))
+
+    assert answer["templated_text"].endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+    assert [token["text"] for token in answer["tokenize_response"]][-3:] == ["ass", "istant", "\n"]
+
+
 @pytest.mark.parametrize("path", ["/health", "/ping"])
 def test_row_63_health(plain_server: Server, path: str) -> None:
     assert curl(plain_server.url + path) == ""

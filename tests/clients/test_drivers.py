@@ -63,13 +63,22 @@ class Driver:
 
 DRIVEN: Mapping[str, Driver] = {
     "hub-2.4": Driver("hub_rows.py", None),
+    "hub-2.4-chat": Driver("hub_chat_rows.py", None),
+    "openai": Driver("openai_rows.py", None),
     "hub-0.27": Driver("hub_rows.py", "hub_0_27"),
     "text-generation": Driver("text_generation_rows.py", "text_generation"),
     "langchain": Driver("langchain_rows.py", "langchain"),
     "llama-index": Driver("llama_index_rows.py", "llama_index"),
+    "litellm": Driver("litellm_rows.py", "litellm"),
+    "haystack": Driver("haystack_rows.py", "haystack"),
+    "smolagents": Driver("smolagents_rows.py", "smolagents"),
+    "transformers-chat": Driver("transformers_chat_rows.py", None),
     "lorax": Driver("lorax_rows.py", "lorax"),
     "axflow": Driver("axflow_rows.mjs", "node"),
-    "hf-inference-js": Driver("hf_inference_rows.mjs", "node"),
+    "openai-js": Driver("openai_rows.mjs", "node"),
+    "hf-inference-js-2.8.1": Driver("hf_inference_v2_rows.mjs", "node"),
+    "hf-inference-js-4.13.16": Driver("hf_inference_rows.mjs", "node"),
+    "hf-inference-js-4.13.30": Driver("hf_inference_v1_rows.mjs", "node"),
 }
 
 

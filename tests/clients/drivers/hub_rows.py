@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 
 from huggingface_hub import AsyncInferenceClient, InferenceClient
@@ -45,6 +46,18 @@ def row_31_takes_best_of(servers: Servers) -> None:
     output = InferenceClient(servers.plain).text_generation(PROMPT, best_of=2, do_sample=True, details=True, **GREEDY)
 
     assert len(output.details.best_of_sequences) == 1
+
+
+def row_31_takes_a_grammar(servers: Servers) -> None:
+    pattern = r"\d{3}-[a-f]{4}"
+    text = InferenceClient(servers.plain).text_generation(PROMPT, grammar={"type": "regex", "value": pattern}, **GREEDY)
+
+    assert re.fullmatch(pattern, text)
+
+
+def row_31_knows_no_adapter(servers: Servers) -> None:
+    with raises(ValidationError, "`adapter_id` is not supported: no adapters are loaded"):
+        InferenceClient(servers.plain).text_generation(PROMPT, adapter_id="org/adapter", **GREEDY)
 
 
 def row_31_echoes_the_prompt_by_default_as_tgi(servers: Servers) -> None:

@@ -23,6 +23,36 @@ Row = Callable[["Servers"], Awaitable[None] | None]
 
 PROMPT = "The capital of France is"
 PROMPT_IDS = [504, 3575, 282, 4649, 314]
+QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+ANSWER = "The capital of France is Paris."
+"""What SmolLM2 says to the question, greedily."""
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Get the weather in a city",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "city": {"type": "string", "maxLength": 20},
+                "unit": {"type": "string", "enum": ["celsius", "fahrenheit"]},
+            },
+            "required": ["city", "unit"],
+            "additionalProperties": False,
+        },
+    },
+}
+CITY = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 20},
+        "country": {"type": "string", "maxLength": 20},
+        "inhabitants": {"type": "integer", "minimum": 1, "maximum": 100_000_000},
+    },
+    "required": ["name", "country", "inhabitants"],
+    "additionalProperties": False,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +70,12 @@ class Servers:
     """Ends without saying why."""
     slow: str
     """Is silent for longer than any keep-alive interval before each token."""
+    unready: str
+    """Answers 503 to everything."""
+    loading: str
+    """Answers 503 for the first 3 s after its first request."""
+    caching: str
+    """Keeps its answers."""
 
 
 def run(driver: ModuleType) -> None:
@@ -59,6 +95,24 @@ def _problem(row: Row, servers: Servers) -> str | None:
     except Exception:
         return traceback.format_exc()
     return None
+
+
+def check_weather(arguments: str) -> None:
+    """They must follow the schema of `WEATHER`."""
+    given = json.loads(arguments)
+    assert given.keys() == {"city", "unit"}, given
+    assert isinstance(given["city"], str)
+    assert len(given["city"]) <= 20
+    assert given["unit"] in ("celsius", "fahrenheit")
+
+
+def check_city(text: str) -> None:
+    """It must follow the schema `CITY`."""
+    given = json.loads(text)
+    assert given.keys() == {"name", "country", "inhabitants"}, given
+    assert all(isinstance(given[name], str) and len(given[name]) <= 20 for name in ("name", "country"))
+    assert type(given["inhabitants"]) is int
+    assert 1 <= given["inhabitants"] <= 100_000_000
 
 
 @contextlib.contextmanager

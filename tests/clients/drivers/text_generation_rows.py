@@ -4,12 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 import sys
 
 import requests
-from rows import PROMPT, PROMPT_IDS, Servers, occupied, raises, run
+from rows import (
+    ANSWER,
+    CITY,
+    PROMPT,
+    PROMPT_IDS,
+    QUESTION,
+    WEATHER,
+    Servers,
+    check_city,
+    check_weather,
+    occupied,
+    raises,
+    run,
+)
 from text_generation import AsyncClient, Client
 from text_generation.errors import NotFoundError, OverloadedError, UnknownError, ValidationError
+from text_generation.types import ChatComplete, Grammar, GrammarType, Message, Tool
 
 TIMEOUT_S = 60
 
@@ -93,6 +108,23 @@ def row_8_truncate_keeps_the_last_tokens(servers: Servers) -> None:
     assert [token.id for token in details.prefill] == PROMPT_IDS[-4:]
 
 
+def row_9_a_regular_expression_is_matched(servers: Servers) -> None:
+    pattern = r"\d{3}-[a-f]{4}( ok)?"
+    response = connect(servers).generate(PROMPT, grammar=Grammar(type=GrammarType.Regex, value=pattern))
+
+    assert re.fullmatch(pattern, response.generated_text)
+
+
+def row_9_a_schema_is_followed(servers: Servers) -> None:
+    grammar = Grammar(type=GrammarType.Json, value=CITY)
+    greedy = connect(servers).generate(PROMPT, max_new_tokens=200, grammar=grammar)
+    drawn = connect(servers).generate(PROMPT, max_new_tokens=200, grammar=grammar, do_sample=True, seed=7)
+
+    for response in (greedy, drawn):
+        assert response.details.finish_reason == "eos_token"
+        check_city(response.generated_text)
+
+
 def row_10_every_further_parameter_is_taken(servers: Servers) -> None:
     client = connect(servers)
     plain = client.generate(PROMPT).generated_text
@@ -173,6 +205,41 @@ def row_17_no_room_is_an_overload(servers: Servers) -> None:
             client.generate(PROMPT)
         with raises(OverloadedError, "Model is overloaded"):
             list(client.generate_stream(PROMPT))
+
+
+def row_18_chats(servers: Servers) -> None:
+    answer = connect(servers).chat(
+        [Message(**message) for message in QUESTION], max_tokens=20, seed=1, temperature=0.01
+    )
+
+    assert isinstance(answer, ChatComplete)
+    assert answer.choices[0].message.content == ANSWER
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.choices[0].message.tool_calls is None
+    assert answer.usage["completion_tokens"] > 0
+
+
+async def row_18_the_asynchronous_client_chats(servers: Servers) -> None:
+    client = AsyncClient(servers.plain, timeout=TIMEOUT_S)
+    answer = await client.chat([Message(**message) for message in QUESTION], max_tokens=20, seed=1, temperature=0.01)
+
+    assert answer.choices[0].message.content == ANSWER
+
+
+def row_18_calls_the_tool_it_is_told_to(servers: Servers) -> None:
+    answer = connect(servers).chat(
+        [Message(**message) for message in QUESTION],
+        max_tokens=200,
+        seed=1,
+        tools=[Tool(**WEATHER)],
+        tool_choice="get_weather",
+    )
+
+    (choice,) = answer.choices
+    assert choice.finish_reason == "tool_calls"
+    for call in choice.message.tool_calls:
+        assert call["function"]["name"] == "get_weather"
+        check_weather(call["function"]["arguments"])
 
 
 async def row_19_a_wrong_key_is_told_in_words(servers: Servers) -> None:
