@@ -46,11 +46,11 @@ logger = logging.getLogger(__name__)
 SHUTTING_DOWN: Final = "the server is shutting down"
 MIN_DEADLINE_S: Final = 5.0
 MIN_PAUSE_S: Final = 0.1
+MAX_PAUSE_S: Final = 5.0
 MAX_STALL_S: Final = 0.15
-"""Longest that a step's prompts should keep running streams waiting."""
+"""Longest that a step's prompts and forced runs should keep running streams waiting."""
 MIN_CHUNK_TOKENS: Final = 128
 """Fewest prompt tokens of a step, however slow the shards: smaller chunks read the weights for too little."""
-MAX_PAUSE_S: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True)

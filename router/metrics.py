@@ -178,7 +178,7 @@ class Metrics(Collector):
             yield UnknownMetricFamily(name, help_, value=value)
 
     def _skipped_tokens(self) -> Metric:
-        """Every token that was not a draft is the first of a row."""
+        """Tokens are counted, not rows: all but accepted drafts count as the first of one, forced ones too."""
         num_accepted = _num_accepted(self.gauges)
         num_rows = self.value("shardstream_generated_tokens_count") - num_accepted
         more = self.gauges.num_rows_by_accepted[1:]

@@ -23,6 +23,8 @@ MAX_STOP_CHARS: Final = 1_000
 MAX_LOGIT_BIASES: Final = 1_024
 MAX_BAD_WORDS: Final = 128
 MAX_BAD_WORD_CHARS: Final = 1_000
+MAX_BAD_WORD_TOKENS: Final = 10_000
+"""All words together. One plan may open hundreds of sequences, each with its words, in a message of bounded size."""
 MAX_NGRAM: Final = 1_000
 MAX_LENGTH_PENALTY: Final = 10.0
 """Lengths to a higher power would leave the range of floats."""
@@ -361,6 +363,8 @@ class Validator:
                     runs[tuple(self._tokenizer.encode(text, add_special_tokens=False))] = None
             else:
                 runs[(word,) if isinstance(word, int) else word] = None
+        num = sum(map(len, runs))
+        _require(num <= MAX_BAD_WORD_TOKENS, f"`bad_words` supports up to {MAX_BAD_WORD_TOKENS} tokens. Given: {num}")
         return tuple(run for run in runs if run)
 
 

@@ -39,9 +39,7 @@ class ModelInputs:
     emit_rows: list[int]  # [E] index of the row in the plan
     emit_seats: list[int]  # [E]
     emit_positions: list[int]  # [E] index in its sequence of the token to be chosen
-    emit_drafts: list[
-        int | None
-    ]  # [E] the draft fed in that token's place, None behind a row's end; [] if there are none
+    emit_drafts: list[int | None]  # [E] the draft in that token's place, None at a row's end; [] if there are none
     emit_index: Tensor  # [E] int64, into the T tokens
     target_index: Tensor  # [S] int64, into the T tokens
     targets: Tensor  # [S] int64
@@ -118,9 +116,8 @@ class Seats:
         )
         num_chosen = _num_chosen(plan)
         emit_rows = np.repeat(np.arange(len(seats)), num_chosen)  # [E]
-        num_before_end = np.repeat(np.cumsum(num_chosen), num_chosen) - np.arange(
-            len(emit_rows)
-        )  # [E] 1 at a row's end
+        row_ends = np.repeat(np.cumsum(num_chosen), num_chosen)
+        num_before_end = row_ends - np.arange(len(emit_rows))  # [E] 1 at a row's end
         target_index, target_rows = _target_index(plan, query_starts)
         return ModelInputs(
             input_ids=self._input_ids(plan, seats, query_starts),

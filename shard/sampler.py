@@ -248,8 +248,9 @@ class Sampler:
     def sample(self, logits: Tensor, seats: Sequence[int], positions: Sequence[int]) -> Sampled:
         """Chooses one token per row and counts it as known.
 
-        `logits` [E, V] are the model's, in float32, and stay as they are. Row i belongs to `seats[i]`, each seat at
-        most once; `positions[i]` is the index in its sequence of the token to be chosen.
+        `logits` [E, V] are the model's, in float32, and stay as they are. Row i belongs to `seats[i]`;
+        `positions[i]` is the index in its sequence of the token to be chosen. Only a seat that neither looks back nor
+        has a grammar may come more than once: whether its later tokens count is for the caller to say.
         """
         batch = self._batch_of(seats)
         refusals = self._prepare_grammars(batch, positions)

@@ -51,6 +51,7 @@ NOT_JSON: dict[str, bytes] = {
     "control character": b'{"inputs":"\x00"}',
     "depth": b"[" * 100_000,
     "balanced depth": b'{"inputs":"a","x":' + b"[" * 1_015 + b"]" * 1_015 + b"}",
+    "one level too many": b'{"inputs":"a","x":' + b"[" * 127 + b"]" * 127 + b"}",
 }
 
 
@@ -294,10 +295,29 @@ def test_strange_texts_are_served(client: Client, inputs: str) -> None:
     assert response.json()[0]["generated_text"] == inputs + " Paris"
 
 
-def test_deepest_accepted_nesting_is_served(client: Client) -> None:
-    raw = b'{"inputs":"a","x":' + b"[" * 500 + b"]" * 500 + b"}"
+@pytest.mark.parametrize("inner", [b"[]", b"1"])
+def test_deepest_accepted_nesting_is_served(client: Client, inner: bytes) -> None:
+    raw = b'{"inputs":"a","x":' + b"[" * 125 + inner + b"]" * 125 + b"}"
 
     assert client.post_raw("/generate", raw).status_code == 200
+
+
+def test_what_would_be_too_deep_to_be_told_back_is_refused(client: Client) -> None:
+    raw = b'{"input":"a","metadata":' + b'{"a":' * 300 + b"1" + b"}" * 300 + b"}"
+
+    assert client.post_raw("/v1/responses", raw).status_code == 400
+
+
+@pytest.mark.parametrize(("depth", "is_text"), [(127, False), (128, True)])
+def test_arguments_of_past_calls_deeper_than_a_body_stay_text(depth: int, is_text: bool) -> None:
+    client = Client(template_source="{% for message in messages %}{{ message.content }}{% endfor %}")
+    arguments = '{"a":' * depth + "1" + "}" * depth
+    call = {"id": "x", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [call]}]
+
+    prompt = client.post("/chat_tokenize", {"messages": messages}).json()["templated_text"]
+
+    assert (json.dumps(arguments) in prompt) == is_text
 
 
 def test_enormous_prompts_are_refused_while_others_are_served() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import threading
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import NamedTuple
@@ -20,6 +21,7 @@ BODY = b'{"inputs":"a","parameters":{}}'
 JSON = b"content-type: application/json"
 HOST = b"host: x"
 CLOSE = b"connection: close"
+CHUNKED = b"transfer-encoding: chunked"
 LENGTH = b"content-length: %d" % len(BODY)
 OFFER = (b"connection: Upgrade, HTTP2-Settings", b"upgrade: h2c", b"http2-settings: AAEAAEAAAAIAAAAB")
 """What Java's HttpClient sends along."""
@@ -176,6 +178,23 @@ def test_a_head_of_megabytes_is_not_read_to_its_end(address: tuple[str, int]) ->
     assert_still_serving(address)
 
 
+def test_trailers_of_megabytes_are_not_read_to_their_end(address: tuple[str, int]) -> None:
+    with Wire(address) as wire:
+        wire.send(post(HOST, JSON, CHUNKED, path=b"/no/such", body=b"1\r\n{\r\n0\r\nx: "))
+        assert wire.read_answer().status == 404
+        with pytest.raises(ConnectionError):
+            send_megabytes(wire)
+    assert_still_serving(address)
+
+
+def test_trailers_change_nothing(address: tuple[str, int]) -> None:
+    fields = b"".join(b"%b\r\n" % field for field in [*many(200), HOST])
+
+    answer = ask(address, post(HOST, JSON, CLOSE, CHUNKED, body=b"1e\r\n" + BODY + b"\r\n0\r\n" + fields + b"\r\n"))
+
+    assert (answer.status, answer.body) == (200, GOOD_ANSWER)
+
+
 def send_megabytes(wire: Wire) -> None:
     for _ in range(50):
         wire.send(b"a" * 1_000_000)
@@ -303,6 +322,23 @@ def test_a_stream_is_not_disturbed_by_what_is_sent_behind_its_request(address: t
 
         with pytest.raises(TimeoutError):
             wire.read_until(b"\n")
+
+
+@pytest.mark.parametrize("behind", [b"GET / HTTP/1.1\r\nx: ", b"\r\n0\r\nx: "], ids=["head", "trailer"])
+def test_what_does_not_end_is_not_kept_while_an_answer_is_due(address: tuple[str, int], behind: bytes) -> None:
+    """A second head beside a stream, or the request's own trailers: neither can end the connection yet."""
+    ask_forever = b'{"inputs":"a","parameters":{"max_new_tokens":7}}'
+    with Wire(address) as wire:
+        wire.send(post(HOST, JSON, CHUNKED, path=b"/generate_stream", body=b"%x\r\n" % len(ask_forever) + ask_forever))
+        tracemalloc.start()
+        try:
+            wire.send((b"\r\n0\r\n\r\n" if behind.startswith(b"GET") else b"") + behind)
+            send_megabytes(wire)
+            _, peak_bytes = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+
+    assert peak_bytes < 10_000_000
 
 
 @pytest.mark.parametrize("num_sent", [0, 5])

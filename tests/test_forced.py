@@ -134,6 +134,39 @@ def test_a_long_forced_run_is_fed_in_chunks_of_the_budget() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("max_step_tokens", "max_prompt_tokens", "chunks"),
+    [(64, None, [8]), (64, 3, [4, 4]), (6, None, [5, 3])],
+    ids=["nothing bounds it", "others wait for the step", "others need a token of the budget"],
+)
+def test_a_long_forced_run_leaves_room_and_time_for_the_next_token_of_others(
+    max_step_tokens: int, max_prompt_tokens: int | None, chunks: list[int]
+) -> None:
+    house = House(replace(ROOMY, max_step_tokens=max_step_tokens), max_prompt_tokens=max_prompt_tokens)
+    house.add(request_forcing(7, max_new_tokens=9))
+    house.add(Request("r", (7,), 5))
+    house.turn()
+
+    house.run()
+
+    rows = [[(row.seat, row.num_tokens) for row in plan.rows] for plan in house.plans[1 : 1 + len(chunks)]]
+    assert rows == [[(0, num_tokens), (1, 1)] for num_tokens in chunks]
+
+
+def test_a_forced_run_and_prompts_share_what_a_step_may_feed_of_both() -> None:
+    house = House(max_prompt_tokens=9)
+    house.add(request_forcing(7))
+    house.add(Request("r", (7,), 5))
+    house.turn()
+    house.add(Request("r", tuple(range(21, 33)), 2))
+
+    plan = house.send()
+
+    assert plan is not None
+    assert [row.num_tokens for row in plan.rows] == [8, 1, 2]
+    house.run()
+
+
 def test_other_sequences_wait_for_blocks_that_a_forced_run_needs() -> None:
     house = House(Limits(num_blocks=13, block_size=1, max_seats=4, max_step_tokens=64), depth=2)
     first = house.add(request_forcing(7, max_new_tokens=7))

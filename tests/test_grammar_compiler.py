@@ -76,10 +76,13 @@ def test_what_can_be_compiled_has_a_source(compiler: GrammarCompiler, grammar: G
         (Grammar(GrammarKind.REGEX, "(a"), "invalid regex"),
         (Grammar(GrammarKind.REGEX, "a{1000000000}"), "too m"),
         (Grammar(GrammarKind.REGEX, "x" * 70_000), "it is longer than 65536 bytes"),
+        (lark('start: "x"', "unused: " + " | ".join(["%json {}"] * 2_000)), "it is longer than 131072 bytes in the"),
         (lark("start: missing"), "missing"),
         (lark('start: %json {"type": 5}'), "is not valid under any of the schemas"),
         (lark('start: %json {"not": {}}'), "the keyword `not` at # cannot be enforced"),
         (lark("start: %json x"), "%json is followed by something else than a schema"),
+        (lark('start: %json {"const": NaN}'), "%json is followed by something else than a schema"),
+        (lark(f'start: %json {{"const": {"1" * 5_000}}}'), "%json is followed by something else than a schema"),
         (schema({"type": "array", "uniqueItems": True}), "the keyword `uniqueItems` at #"),
         (schema({"$ref": "https://example.com/schema"}), "the keyword `$ref` at #"),
         (schema({"$ref": "#"}), "no text conforms to it"),
@@ -164,11 +167,15 @@ def test_a_process_that_is_gone_is_replaced() -> None:
     compile_(compiler, WORD)
     before = process_of(compiler)
     os.kill(before, signal.SIGKILL)
-    assert compiler._process is not None
-    compiler._process.wait()
+    process = compiler._process
+    assert process is not None
+    assert process.stdin is not None
+    process.wait()
+    process.stdin.write(b"what could not be sent any more")
 
     assert compile_(compiler, Grammar(GrammarKind.REGEX, "another"))
     assert process_of(compiler) != before
+    assert process.stdin.closed, "its pipes stay open"
 
 
 def test_who_waits_too_long_is_told_to_come_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -354,6 +354,17 @@ def test_a_request_brings_a_template_only_where_that_is_allowed() -> None:
     assert client.engine.requests[0].prompt == tuple(TOKENIZER.encode("own Hi"))
 
 
+def test_a_requests_own_template_shows_past_calls_itself() -> None:
+    source = "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }}"
+    client = Client(trust_request_chat_template=True, template_source="{{ messages[0].content }}")
+    call = {"id": "a", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+
+    chat(client, messages=messages, chat_template=source + "{% endfor %}{% endfor %}")
+
+    assert client.engine.requests[0].prompt == tuple(TOKENIZER.encode("Hiweather"))
+
+
 def test_reasoning_is_told_from_content_where_a_flag_says_so() -> None:
     thinking = saying("<think>", "\nHm", ".</th", "ink>\n\nYes")
     client = Client(thinking, reasoning_parser="think")

@@ -7,12 +7,14 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from datetime import date, timedelta
 
 import anyio
 import anyio.lowlevel
 import pytest
 from fastapi import Request, Response
 
+from router.api import replay
 from router.api.replay import shared
 from router.core.request import Request as SequenceRequest
 from router.engine import Generation, TokenEvent
@@ -239,6 +241,22 @@ def test_different_requests_have_different_answers() -> None:
 
     assert [compute_types(client, path, body, times=1) for path, body in DIFFERENT] == [[MADE]] * len(DIFFERENT)
     assert [compute_types(client, path, body, times=1) for path, body in DIFFERENT] == [[CACHED]] * len(DIFFERENT)
+
+
+def test_another_day_is_another_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = caching()
+    body = PLAIN["/v1/chat/completions"]
+    assert compute_types(client, "/v1/chat/completions", body) == [MADE, CACHED]
+
+    monkeypatch.setattr(replay, "date", Tomorrow)
+
+    assert compute_types(client, "/v1/chat/completions", body) == [MADE, CACHED]
+
+
+class Tomorrow(date):
+    @classmethod
+    def today(cls) -> date:  # type: ignore[override]
+        return date.today() + timedelta(days=1)
 
 
 def test_layout_of_the_json_makes_no_difference() -> None:

@@ -207,6 +207,13 @@ def test_functions_that_cannot_be_called_are_refused(name: str, parameters: obje
     assert sentence in str(refusal.value)
 
 
+def test_functions_by_the_thousand_are_refused() -> None:
+    calls = Calls(FORMATS["hermes"].form, {f"f{index}": {} for index in range(1_001)}, True)
+
+    with pytest.raises(InvalidGrammar, match="there are more than 1000 functions"):
+        shape(calls=calls)
+
+
 def test_arguments_are_an_object_whatever_the_schema_leaves_open() -> None:
     loose = {"a": {}, "b": {"type": ["object", "null"]}, "c": {"properties": {"x": {"type": "null"}}}}
     source = shape(calls=Calls(FORMS["llama"], loose, allows_several=False))

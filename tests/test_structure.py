@@ -22,7 +22,7 @@ PATIENCE_S = 60.0
 """Far above what an answer may take, for machines that have other things to do."""
 
 CHAT: Json = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3, "temperature": 0}
-ANSWERS = {200, 422, 424, 429}
+ANSWERS = {200, 400, 422, 424, 429}
 """Accepted, refused, given up on the way, or not compiled in time because the machine is busy."""
 
 

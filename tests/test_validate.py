@@ -117,13 +117,18 @@ RULES: list[tuple[str, Json, str]] = [
         {"grammar": {"type": "json", "value": {"properties": {}, "title": "x" * 65_536}}},
         "grammar is not valid: it is longer than 65536 bytes",
     ),
-    ("a", {"grammar": {"type": "json", "value": deep(300)}}, "grammar is not valid: Recursion limit reached"),
+    (
+        "a",
+        {"grammar": {"type": "json", "value": deep(60)}},
+        "grammar is not valid: it is nested more than 50 schemas deep",
+    ),
     (
         "a",
         {"grammar": {"type": "json", "value": {"properties": {"x": {"uniqueItems": True}}}}},
         "grammar is not valid: the keyword `uniqueItems` at #/properties/x cannot be enforced: it is not supported",
     ),
     ("a", {"adapter_id": "x"}, "`adapter_id` is not supported: no adapters are loaded"),
+    ("a", {"bad_words": [[1] * 9_000, [2] * 1_001]}, "`bad_words` supports up to 10000 tokens. Given: 10001"),
 ]
 # In the order in which they are checked, behind `best_of`'s above.
 BEAM_RULES: list[tuple[Json, str]] = [

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple, TypeVar
 
 import orjson
@@ -24,6 +24,10 @@ from router.errors import BadBody, BodyTooLarge, BodyTooSlow, UnsupportedMedia
 FIRST_BYTES_S: Final = 10.0
 MIN_BYTES_PER_S: Final = 10_000
 """How fast a body must come, behind the time for its first bytes."""
+
+TOO_DEEP: Final = "recursion limit exceeded"
+MAX_DEPTH: Final = 127
+"""Objects and lists within each other, as in serde_json; what is written again elsewhere must not fail of depth."""
 
 B = TypeVar("B", bound=Body)
 Path = Sequence[str | int]
@@ -95,7 +99,7 @@ def fit_body(parsed: Parsed, model: type[B]) -> B:
 
 
 def _parse_json(raw: bytes) -> object:
-    """orjson refuses NaN, infinite numbers, lone surrogates, bad UTF-8 and great depth; json sees repeated keys."""
+    """orjson refuses NaN, infinite numbers, lone surrogates and bad UTF-8; json sees repeated keys."""
     try:
         value: object = orjson.loads(raw)
         json.loads(raw, object_pairs_hook=_refuse_repeated)
@@ -103,8 +107,28 @@ def _parse_json(raw: bytes) -> object:
         where = f"line {error.lineno} column {error.colno}"
         raise BadBody(400, f"{error.msg} at {where}") from error
     except RecursionError as error:
-        raise BadBody(400, "recursion limit exceeded") from error
+        raise BadBody(400, TOO_DEEP) from error
+    if raw.count(b"{") + raw.count(b"[") > MAX_DEPTH and is_deep(value):
+        raise BadBody(400, TOO_DEEP)
     return value
+
+
+def is_deep(value: object) -> bool:
+    """Whether a JSON value is nested deeper than bodies may be."""
+    level = _inner(value)
+    for _ in range(MAX_DEPTH - 1):
+        level = [inner for outer in level for inner in _inner(outer)]
+    return bool(level)
+
+
+def _inner(outer: object) -> list[object]:
+    """The objects and lists in one of them."""
+    items: Iterable[object] = ()
+    if isinstance(outer, dict):
+        items = outer.values()
+    elif isinstance(outer, list):
+        items = outer
+    return [item for item in items if isinstance(item, dict | list)]
 
 
 def _refuse_repeated(pairs: list[tuple[str, object]]) -> dict[str, object]:

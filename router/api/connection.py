@@ -51,7 +51,11 @@ class Connection(HttpToolsProtocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._num_head_bytes = 0
+        """Of a head, or of trailers, which are no less."""
         self._is_in_head = False
+        self._is_in_trailers = False
+        self._is_over = False
+        """Whether what still comes is not looked at."""
         self._refusal = HTTPStatus.BAD_REQUEST
         self._patience: asyncio.TimerHandle | None = None
         """Ends a connection that keeps us waiting."""
@@ -71,13 +75,16 @@ class Connection(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         self._unset_keepalive_if_required()
+        if self._is_over:
+            return
+        was_in_trailers = self._is_in_trailers
         try:
             self.parser.feed_data(data)
         except HttpParserUpgrade as stopped:
             self._decline_upgrade(data[stopped.args[0] :])
         except HttpParserError:
             self._refuse(self._refusal)
-        if self._is_in_head and not self.transport.is_closing():
+        if self._is_in_head or (was_in_trailers and self._is_in_trailers):
             self._num_head_bytes += len(data)
             if self._num_head_bytes > MAX_HEAD_BYTES:
                 self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
@@ -98,7 +105,17 @@ class Connection(HttpToolsProtocol):
         self.parser = HttpRequestParser(self)
         self.data_received(b"\r\n".join((*head, b"", rest)))
 
+    def on_chunk_header(self) -> None:
+        """Behind the last one come trailers, and of which it is the last nothing is said."""
+        self._num_head_bytes, self._is_in_trailers = 0, True
+
+    def on_body(self, body: bytes) -> None:
+        self._is_in_trailers = False
+        super().on_body(body)
+
     def on_header(self, name: bytes, value: bytes) -> None:
+        if self._is_in_trailers:
+            return
         super().on_header(name, value)
         if len(self.headers) > MAX_HEADERS:
             self._refusal = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
@@ -122,11 +139,13 @@ class Connection(HttpToolsProtocol):
             super().on_headers_complete()
 
     def on_message_complete(self) -> None:
+        self._is_in_trailers = False
         if not self.parser.should_upgrade():
             super().on_message_complete()
 
     def _refuse(self, status: HTTPStatus) -> None:
         """Ends the connection; an answer that is being written comes first, and nothing behind it."""
+        self._is_over = True
         if self.transport.is_closing():
             return
         if self.cycle is not None and not self.cycle.response_complete:

@@ -17,6 +17,7 @@ from fastapi import Request, Response
 
 from router.api import render
 from router.api.admission import Call, Services, Wish
+from router.api.body import is_deep
 from router.api.openai_bodies import ChatRequest
 from router.api.openai_logprobs import chat_logprobs
 from router.api.openai_run import (
@@ -129,7 +130,7 @@ async def render_prompt(services: Services, body: ChatRequest) -> str:
         raise ValidationError("`chat_template` is not allowed: the server renders its own")
     template = services.template
     tools = _offered_tools(body)
-    messages: Sequence[Mapping[str, object]] = [_for_template(services, message) for message in body.messages]
+    messages: Sequence[Mapping[str, object]] = [_for_template(services, body, message) for message in body.messages]
     if tools and not template.takes_tools and body.chat_template is None and messages:
         messages, tools = describe_tools(messages, tools, body.tool_prompt), []
     effort = {} if body.reasoning_effort is None else {"reasoning_effort": body.reasoning_effort}
@@ -152,26 +153,28 @@ def _offered_tools(body: ChatRequest) -> list[dict[str, object]]:
     return [] if body.tool_choice.mode == "none" else body.tools
 
 
-def _for_template(services: Services, message: Mapping[str, object]) -> Mapping[str, object]:
-    """OpenAI's message as templates expect it."""
+def _for_template(services: Services, body: ChatRequest, message: Mapping[str, object]) -> Mapping[str, object]:
+    """OpenAI's message as templates expect it. Only the model's own is helped out where it shows no calls."""
     changed = dict(message)
     if message["role"] == "developer" and not any("developer" in source for source in services.template.sources):
         changed["role"] = "system"
     calls = message.get("tool_calls")
     if isinstance(calls, list) and not services.template.takes_text_arguments:
         changed["tool_calls"] = [{**call, "function": _with_object(call["function"])} for call in calls]
-    if isinstance(calls, list) and not services.template.shows_calls:
+    if isinstance(calls, list) and not services.template.shows_calls and body.chat_template is None:
         written = [describe_call(_with_object(call["function"])) for call in calls]
         changed["content"] = "\n".join(filter(None, [str(message.get("content") or ""), *written]))
     return changed
 
 
 def _with_object(function: Mapping[str, object]) -> Mapping[str, object]:
-    """Arguments are JSON text in OpenAI's messages and an object in templates; what is not JSON stays text."""
+    """Arguments are JSON text in OpenAI's messages and an object in templates; what is not JSON, or deeper than a body
+    may be, stays text."""
     arguments = function.get("arguments", function.get("parameters"))
     if isinstance(arguments, str):
         with contextlib.suppress(ValueError, RecursionError):
-            arguments = json.loads(arguments)
+            decoded = json.loads(arguments)
+            arguments = arguments if is_deep(decoded) else decoded
     return {**function, "arguments": {} if arguments is None else arguments}
 
 

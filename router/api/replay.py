@@ -20,6 +20,7 @@ import hashlib
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, aclosing, contextmanager, suppress
+from datetime import date
 from typing import Final, NamedTuple
 
 import orjson
@@ -63,10 +64,12 @@ class SharedAnswers:
         self._flights: dict[bytes, Flight] = {}
 
     def key(self, route: str, parsed: Parsed) -> bytes:
-        """Of all that an answer depends on. The order of fields stays: a schema's decides what is generated."""
+        """Of all that an answer depends on: the order of fields too, for a schema's decides what is generated, and the
+        date, for chat templates show it."""
         assert isinstance(parsed.value, dict), "it was fitted to a model"
         payload = {name: value for name, value in parsed.value.items() if name != "options"}
-        return hashlib.sha256(b"\0".join((self._model, route.encode(), orjson.dumps(payload)))).digest()
+        parts = (self._model, str(date.today()).encode(), route.encode(), orjson.dumps(payload))
+        return hashlib.sha256(b"\0".join(parts)).digest()
 
     async def answer(self, key: bytes, endpoint: Endpoint, request: Request) -> Response:
         """Raises what the endpoint raises, and `ClientGone` as soon as this request's own client has left."""
@@ -139,7 +142,6 @@ class Flight:
 
     def __init__(self, endpoint: Endpoint, request: Request, on_landed: Callable[[Flight], None]) -> None:
         self.is_abandoned = False
-        self._status = 0
         self._headers: tuple[Header, ...] | None = None
         self._parts: list[bytes] = []
         self._is_complete = False
@@ -157,7 +159,8 @@ class Flight:
 
     async def _record(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            self._status, self._headers = message["status"], tuple(message["headers"])
+            assert message["status"] == 200, "whatever is no success is raised"
+            self._headers = tuple(message["headers"])
         else:
             self._failed = self._failed or is_error(message["body"])
             self._parts.append(message["body"])
@@ -217,7 +220,7 @@ class Flight:
     @property
     def answer(self) -> StoredAnswer | None:
         """All of it, if it is a good one."""
-        if self._headers is None or not self._is_complete or self._failed or self._status != 200:
+        if self._headers is None or not self._is_complete or self._failed:
             return None
         return StoredAnswer(self._headers, tuple(self._parts))
 

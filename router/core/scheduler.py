@@ -265,7 +265,8 @@ class Scheduler:
     def plan(self, max_prompt_tokens: int | None = None) -> StepPlan | None:
         """Decides the next step. None: there is nothing to send before the next answer or request.
 
-        `max_prompt_tokens` bounds what prompts may feed in a step in which other sequences decode, and wait for it.
+        `max_prompt_tokens` bounds what prompts and forced runs may feed in a step in which other sequences decode, and
+        wait for it.
         """
         suspect = self._probation.first
         if suspect is not None:
@@ -281,8 +282,10 @@ class Scheduler:
             self._preempt(next(reversed(self._running)))
             decodes, prompts = self._split_running()
         draft = _Draft(self._limits.max_step_tokens, num_spare_blocks)
-        self._add_decodes(draft, decodes)
-        num_withheld = max(0, draft.budget - max_prompt_tokens) if decodes and max_prompt_tokens is not None else 0
+        if max_prompt_tokens is None or not decodes:
+            max_prompt_tokens = draft.budget
+        max_prompt_tokens -= self._add_decodes(draft, decodes, max_prompt_tokens)
+        num_withheld = max(0, draft.budget - max_prompt_tokens)
         draft.budget -= num_withheld
         self._add_prompts(draft, prompts)
         draft.budget += num_withheld
@@ -318,14 +321,25 @@ class Scheduler:
         num_homeless = num_tokens - len(sequence.blocks) * block_size
         return -(-num_homeless // block_size) if num_homeless > 0 else 0
 
-    def _add_decodes(self, draft: _Draft, decodes: list[Sequence]) -> None:
-        """A row for each, as far as the budget goes, with drafts where there is something to guess."""
+    def _add_decodes(self, draft: _Draft, decodes: list[Sequence], max_run_tokens: int) -> int:
+        """A row for each, as far as the budget goes, with drafts where there is something to guess.
+
+        A forced run may be as long as a prompt. Beside others it leaves a token of the budget to each row behind it,
+        and all runs together feed at most `max_run_tokens` beyond one per row. Returns how many those are.
+        """
         guessing = [] if self._outstanding else self._guessing(decodes)
+        num_behind, num_run_tokens = len(decodes), 0
         for sequence in decodes:
             if draft.budget == 0:
-                return
-            drafts = self._find_drafts(draft, sequence) if sequence in guessing else []
-            self._add_row(draft, sequence, drafts=drafts)
+                break
+            num_behind -= 1
+            if sequence.request.grammar and len(decodes) > 1:
+                max_more = min(max_run_tokens - num_run_tokens, draft.budget - 1 - num_behind)
+                num_run_tokens += self._add_row(draft, sequence, max_tokens=1 + max(0, max_more)) - 1
+            else:
+                drafts = self._find_drafts(draft, sequence) if sequence in guessing else []
+                self._add_row(draft, sequence, drafts=drafts)
+        return num_run_tokens
 
     def _guessing(self, decodes: list[Sequence]) -> list[Sequence]:
         """Those of the rows to come that may have drafts.
@@ -451,14 +465,16 @@ class Scheduler:
         sequence: Sequence,
         new_blocks: list[int] | None = None,
         drafts: list[int] | None = None,
-    ) -> None:
+        max_tokens: int | None = None,
+    ) -> int:
         """The planning rule, for one sequence. `new_blocks` are given by an admission; else those needed are taken.
+        Returns how many tokens the row feeds: at most `max_tokens`, if given, instead of all that the budget allows.
 
         Drafts follow known tokens and nothing else: what is planned ends before them until they have proven right.
         """
         assert sequence.seat is not None, f"sequence {sequence.arrival} is planned without a seat"
         tokens, start = sequence.tokens, sequence.num_planned
-        end = start + min(sequence.num_to_feed, draft.budget)
+        end = start + min(sequence.num_to_feed, draft.budget if max_tokens is None else max_tokens)
         targets: list[int] = []
         if sequence.num_scored < len(tokens):
             end, targets = _scored_part(sequence, start, end)
@@ -481,6 +497,7 @@ class Scheduler:
         sequence.num_planned = end
         sequence.num_in_flight += emit
         self._register_blocks(sequence)
+        return num_fed
 
     def _send(self, draft: _Draft) -> StepPlan | None:
         """Closes wait for a plan with rows: a seat nobody feeds costs nothing."""

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Final
+from typing import Final, NoReturn
 
 import orjson
 from jsonschema_rs import Draft202012Validator
@@ -24,6 +24,10 @@ from router.text.schema import SchemaRefused, boil_down
 MAX_GRAMMAR_BYTES: Final = 65_536
 """Comparing the items of a schema's lists with each other takes a tenth of a second at this size, and ten at twenty
 times it."""
+
+MAX_SOURCE_BYTES: Final = 2 * MAX_GRAMMAR_BYTES
+"""Schemas grow when they are boiled down, text when it is escaped; and one plan may open hundreds of sequences, each
+with its source, in a single message of bounded size."""
 
 METASCHEMA: Final = Draft202012Validator({"$ref": "https://json-schema.org/draft/2020-12/schema"})
 JSON_STYLE: Final[Mapping[str, object]] = {
@@ -37,6 +41,13 @@ LARK_TOKEN: Final = re.compile(
     r'"(?:\\.|[^"\\\n])*"|//[^\n]*|\#[^\n]*|/(?:\\.|[^/\\\n])+/|(?P<json>%json\b)\s*', re.DOTALL
 )
 """Where `%json` may not be looked for, and where it stands."""
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
+
+
+JSON_DECODER: Final = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 class GrammarKind(Enum):
@@ -81,9 +92,12 @@ def to_source(grammar: Grammar) -> str:
 
 def _sources(**grammar: object) -> str:
     try:
-        return orjson.dumps({"grammars": [grammar]}).decode()
+        source = orjson.dumps({"grammars": [grammar]})
     except orjson.JSONEncodeError as error:  # a lone surrogate
         raise InvalidGrammar(str(error)) from error
+    if len(source) > MAX_SOURCE_BYTES:
+        raise InvalidGrammar(f"it is longer than {MAX_SOURCE_BYTES} bytes in the notation of what enforces it")
+    return source.decode()
 
 
 def _check_size(num_bytes: int) -> None:
@@ -133,9 +147,9 @@ def _with_styled_schemas(text: str) -> str:
         if token["json"] is None:
             continue
         try:
-            schema, end = json.JSONDecoder().raw_decode(text, position)
+            schema, end = JSON_DECODER.raw_decode(text, position)
             orjson.dumps(schema)
-        except (json.JSONDecodeError, orjson.JSONEncodeError, RecursionError) as error:
+        except (ValueError, orjson.JSONEncodeError, RecursionError) as error:  # some numbers are no JSONDecodeError
             raise InvalidGrammar(f"%json is followed by something else than a schema: {error}") from error
         _check_schema(schema)
         parts += [text[copied:position], orjson.dumps(_styled(schema)).decode()]

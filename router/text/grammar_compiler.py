@@ -6,6 +6,7 @@ The work is done by a process that may die of it (`grammar_process`); this is it
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import logging
@@ -40,6 +41,7 @@ class GrammarCompiler:
         self._eos_token_ids = list(eos_token_ids)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammar")
         self._process: subprocess.Popen[bytes] | None = None
+        self._end_process: Callable[[], object] | None = None
         self._kept: OrderedDict[bytes, str | InvalidGrammar] = OrderedDict()
         self._num_kept_bytes = 0
 
@@ -84,6 +86,8 @@ class GrammarCompiler:
     # On the thread
 
     def _start_process(self) -> subprocess.Popen[bytes]:
+        if self._end_process is not None:  # one that died leaves its pipes
+            self._end_process()
         process = subprocess.Popen(
             [sys.executable, "-m", "router.text.grammar_process"],
             stdin=subprocess.PIPE,
@@ -91,7 +95,7 @@ class GrammarCompiler:
             stderr=subprocess.DEVNULL,  # forks that die of a grammar write there
             env={**os.environ, "MALLOC_ARENA_MAX": "1"},  # address space is what is limited
         )
-        weakref.finalize(self, _stop, process)
+        self._end_process = weakref.finalize(self, _stop, process)
         self._process = process
         setup = {
             "tokenizer": self._describe_tokenizer(),
@@ -135,6 +139,7 @@ def _write_line(process: subprocess.Popen[bytes], line: bytes) -> None:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Ends it, if it lives, and closes its pipes, whatever was still to be sent."""
     process.kill()
-    with process:
+    with contextlib.suppress(BrokenPipeError), process:
         pass

@@ -28,6 +28,9 @@ FUNCTION_NAME: Final = re.compile(r"[\w.:/-]{1,128}", re.ASCII)
 MAX_CALLS: Final = 32
 """Small models repeat themselves, and a call is a place to do so for ever."""
 
+MAX_FUNCTIONS: Final = 1_000
+"""More never fit into a grammar, and writing the rules of many thousands would keep the event loop."""
+
 FREE_TEXT: Final = r"/(?s:.*)/"
 BEHIND_THOUGHT: Final = r"/\n{0,2}/"
 """As many line ends as models are trained to write there; who reads thoughts takes them for part of the mark."""
@@ -90,6 +93,8 @@ def _structure(grammar: Grammar) -> str:
 
 def _call_rules(calls: Calls, marker_id: MarkerId) -> Iterator[str]:
     form = calls.form
+    if len(calls.parameters) > MAX_FUNCTIONS:
+        raise InvalidGrammar(f"there are more than {MAX_FUNCTIONS} functions")
     separator = _sequence(form.separator, marker_id)
     more = f" ({separator} call){{0,{MAX_CALLS - 1}}}" if calls.allows_several else ""
     yield f"calls: {_sequence(form.opening, marker_id)} call{more} {_sequence(form.closing, marker_id)}"

@@ -67,6 +67,7 @@ class Tokenizer:
         self._bytes: dict[int, bytes] = {}
         self._byte_of_char = _byte_level_alphabet()
         self._context = _plain_token(fast, special_ids)
+        self._marker_ids = _marker_ids(fast)
         self.model_max_length = model_max_length
         self.vocab_size: int = fast.get_vocab_size(with_added_tokens=True)
 
@@ -136,14 +137,8 @@ class Tokenizer:
         return text
 
     def marker_id(self, text: str) -> int | None:
-        """The token by which a grammar must name a marker that is written so; None if it is text like any other.
-
-        llguidance takes not only special tokens for markers, but every added token in angle brackets.
-        """
-        for token_id, token in self._fast.get_added_tokens_decoder().items():
-            if token.content == text and (token.special or (text.startswith("<") and text.endswith(">"))):
-                return int(token_id)
-        return None
+        """The token by which a grammar must name a marker that is written so; None if it is text like any other."""
+        return self._marker_ids.get(text)
 
     def special_text(self, token_id: int) -> str:
         """A special token as it is written, e.g. `<|im_end|>`."""
@@ -217,6 +212,12 @@ def _plain_token(fast: FastTokenizer, special_ids: frozenset[int]) -> int:
     if found is None:
         raise StartupError("tokenizer.json: the vocabulary has no ordinary token")
     return found
+
+
+def _marker_ids(fast: FastTokenizer) -> dict[str, int]:
+    """What llguidance takes for markers: not only special tokens, but every added token in angle brackets."""
+    added = [(token.content, token_id, token.special) for token_id, token in fast.get_added_tokens_decoder().items()]
+    return {text: token_id for text, token_id, is_special in added if is_special or (text[:1] + text[-1:] == "<>")}
 
 
 def _read_object(path: Path) -> Json:
