@@ -9,6 +9,8 @@ neighbours; the largest logit, and the n largest, are then found among the few b
 Order is canonical: by logit, equal ones by token id. So is every answer: a row's does not depend on how many are asked
 for, nor on the other rows of the batch.
 
+On a CPU the passes are native where they can be: torch's are slower, and wait for threads that others may hold up.
+
 The module knows neither seats nor sampling parameters.
 """
 
@@ -19,7 +21,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BLOCK = 64
+from shard.kernels import native
+
+BLOCK = native.LOGITS_BLOCK
 """Tokens per block: at V = 49,152, the middle of a flat optimum between scanning maxima and scanning winning blocks."""
 
 _SOFTMAX_ROWS = 32
@@ -39,6 +43,8 @@ class Candidates:
 
 def block_maxima(logits: Tensor) -> Tensor:
     """Largest logit of each block: [R, V] -> [R, ceil(V / BLOCK)]. A NaN is its block's maximum."""
+    if (threads := _native_threads(logits)) is not None:
+        return native.block_maxima(logits, threads)
     num_whole = logits.shape[1] // BLOCK * BLOCK
     maxima = logits[:, :num_whole].view(logits.shape[0], num_whole // BLOCK, BLOCK).amax(-1)
     if num_whole == logits.shape[1]:
@@ -81,5 +87,15 @@ def _first(values: Tensor, ids: Tensor, count: int) -> Tensor:
 
 def log_probabilities(logits: Tensor, ids: Tensor) -> Tensor:
     """Log-softmax of each row at some of its tokens: [R, V], [R, N] -> [R, N]."""
+    if (threads := _native_threads(logits)) is not None:
+        peaks, log_sums = native.log_sums(logits, threads)
+        return (logits.gather(1, ids) - peaks[:, None]).sub_(log_sums[:, None])
     chunks = zip(torch.split(logits, _SOFTMAX_ROWS), torch.split(ids, _SOFTMAX_ROWS), strict=True)
     return torch.cat([rows.log_softmax(-1).gather(1, wanted) for rows, wanted in chunks])
+
+
+def _native_threads(logits: Tensor) -> native.Threads | None:
+    """Who works on these logits, where native operations can."""
+    if logits.device.type != "cpu" or logits.dtype != torch.float32 or not logits.is_contiguous():
+        return None
+    return None if native.library() is None else native.threads(torch.get_num_threads())

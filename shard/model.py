@@ -48,7 +48,7 @@ SELF_TEST_CHUNKS: Final = (5, 1, 9, 4)
 _MAX_DISTANCE: Final = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.03}
 
 # The same between fused layers and dense ones, on SmolLM2 1e-6, 0.05 and 0.09.
-_MAX_FUSED_DISTANCE: Final = {Kind.FLOAT32: 1e-4, Kind.BFLOAT16: 0.1, Kind.INT8: 0.25}
+_MAX_FUSED_DISTANCE: Final = {Kind.FLOAT32: 1e-4, Kind.BFLOAT16: 0.1, Kind.INT8: 0.25, Kind.INT4: 0.6}
 
 _KINDS: Final = {torch.float32: Kind.FLOAT32, torch.bfloat16: Kind.BFLOAT16}
 
@@ -180,13 +180,13 @@ def load_model(
     on_progress: Callable[[int, int], None],
     block_size: int = BLOCK_SIZE,
     use_native: bool = True,
-    quantize: bool = False,
+    quantize: Kind | None = None,
 ) -> Model:
     """Loads this rank's part and proves on it that paged attention equals dense.
 
     `on_progress(done_bytes, total_bytes)` counts what this rank reads. With `use_native`, layers are fused where that
-    is possible; `quantize` makes their weights int8, and is refused where it is not. Raises `LoadError` with a one-line
-    cause.
+    is possible; `quantize` makes their weights int8 or int4, and is refused where it is not. Raises `LoadError` with a
+    one-line cause.
     """
     raw = _read_json(directory / "config.json")
     config = _config(served_config(raw))
@@ -204,9 +204,9 @@ def load_model(
     try:
         if not use_native:
             raise NotFusable("native operations are switched off")
-        _fuse(model, probe, expected, Kind.INT8 if quantize else _KINDS.get(dtype), group)
+        _fuse(model, probe, expected, quantize or _KINDS.get(dtype), group)
     except NotFusable as reason:
-        if quantize:
+        if quantize is not None:
             raise LoadError(f"quantised weights need fused layers: {reason}") from reason
         log.info("layers are not fused: %s", reason)
     return model
@@ -398,14 +398,21 @@ def _self_test(model: Model) -> _Expected:
 @torch.inference_mode()
 def _fuse(model: Model, probe: ShapeProbe, expected: _Expected, kind: Kind | None, group: RankGroup) -> None:
     """Puts native layers in the modules' place if they do the same on the loaded weights. Raises `NotFusable`."""
-    if kind is None or model.device.type != "cpu" or native.library() is None:
+    library = native.library()
+    if kind is None or model.device.type != "cpu" or library is None:
         raise NotFusable(f"no native operations for {model.dtype} on {model.device.type} here")
+    if kind not in library.kinds:
+        raise NotFusable(f"this processor has no {kind.name.lower()} products")
+    if kind.is_quantized and model.dtype != torch.bfloat16:
+        raise NotFusable(f"activations are {model.dtype}, not bfloat16")
     if group.world_size > 1 and group.peers is None:
         raise NotFusable("the ranks share no memory")
     threads = native.threads(torch.get_num_threads())
     source = Source(model.model_type, model._backbone, probe, model.dtype, model.block_size)
     fused = fuse(source, kind, threads, group.peers)
-    head = pack_head(getattr(model._head, "lm_head", None), kind, threads)
+    # Four bits are too few for the logits themselves.
+    head_kind = Kind.INT8 if kind is Kind.INT4 else kind
+    head = pack_head(getattr(model._head, "lm_head", None), head_kind, threads)
     model._fused = fused
     distance = expected.distance(_paged_hidden(model, expected.input_ids, expected.positions))
     if not distance <= _MAX_FUSED_DISTANCE[kind]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import time
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -11,23 +14,44 @@ import torch
 from torch import Tensor
 
 from shard.kernels import build
-from shard.kernels.build import BuildError
-from shard.kernels.native import StepRows, Threads, attention, library, linear, threads
-from shard.kernels.packing import Arena, Kind, pack, pack_gated, padded, quantize
+from shard.kernels.build import AVX2, AVX512, BuildError, Variant, best_variant
+from shard.kernels.native import (
+    Library,
+    StepRows,
+    Threads,
+    attention,
+    block_maxima,
+    library,
+    linear,
+    log_sums,
+    threads,
+)
+from shard.kernels.packing import Arena, Kind, pack, pack_gated, padded, quantize, quantize_in_groups
 
 pytestmark = pytest.mark.skipif(library() is None, reason="the native operations are not built for this machine")
 
-# Of the product of random matrices: rounding of sums, of bfloat16 inputs' products (exact), of int8 inputs and weights.
-TOLERANCE = {Kind.FLOAT32: 1e-6, Kind.BFLOAT16: 1e-6, Kind.INT8: 1.5e-2}
+# Of the product of random matrices: rounding of sums, of bfloat16 inputs' products (exact), of what is quantised.
+TOLERANCE = {Kind.FLOAT32: 1e-6, Kind.BFLOAT16: 1e-6, Kind.INT8: 1.5e-2, Kind.INT4: 0.12}
 
 
-@pytest.fixture(params=[1, 2, 5])
+@cache
+def native_library(variant: Variant) -> Library:
+    return Library(build.build(variant))
+
+
+@pytest.fixture(params=[(AVX512, 1), (AVX512, 2), (AVX512, 5), (AVX2, 2)], ids=lambda p: f"{p[0].name}-{p[1]}")
 def team(request: pytest.FixtureRequest) -> Threads:
-    return threads(request.param)
+    variant, count = request.param
+    if variant is AVX512 and best_variant() is not AVX512:
+        pytest.skip("this processor cannot run it")
+    return Threads(native_library(variant), count)
 
 
 def distance(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).norm() / expected.norm())
+
+
+needs_bytes = pytest.mark.skipif(best_variant() is not AVX512, reason="a matter of AVX-512")
 
 
 @pytest.mark.parametrize("kind", Kind)
@@ -36,6 +60,8 @@ def distance(actual: Tensor, expected: Tensor) -> float:
 def test_a_packed_matrix_multiplies_as_the_matrix(
     team: Threads, kind: Kind, outputs: int, inputs: int, num_rows: int
 ) -> None:
+    if kind not in team.native.kinds:
+        pytest.skip("a matter of AVX-512")
     generator = torch.Generator().manual_seed(0)
     dtype = torch.bfloat16 if kind is Kind.BFLOAT16 else torch.float32
     weight = torch.randn(outputs, inputs, generator=generator).to(dtype)
@@ -48,6 +74,34 @@ def test_a_packed_matrix_multiplies_as_the_matrix(
     assert distance(actual, x.float() @ weight.float().T + bias) < TOLERANCE[kind]
 
 
+@pytest.mark.parametrize("kind", Kind)
+def test_more_rows_than_a_cache_holds_are_multiplied_chunk_by_chunk(team: Threads, kind: Kind) -> None:
+    if kind not in team.native.kinds:
+        pytest.skip("a matter of AVX-512")
+    generator = torch.Generator().manual_seed(0)
+    dtype = torch.bfloat16 if kind is Kind.BFLOAT16 else torch.float32
+    weight, x = (
+        torch.randn(80, 2048, generator=generator).to(dtype),
+        torch.randn(701, 2048, generator=generator).to(dtype),
+    )
+
+    actual = linear(x, pack(weight, kind, Arena()), team)
+
+    assert distance(actual, x.float() @ weight.float().T) < TOLERANCE[kind]
+
+
+def test_a_long_float32_sum_is_about_as_exact_as_torchs() -> None:
+    """Numbers of one sign, whose sum outgrows them; added one by one they lose ten times as much."""
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.rand(64, 4096, generator=generator), torch.rand(8, 4096, generator=generator)
+    exact = x.double() @ weight.double().T
+
+    actual = linear(x, pack(weight, Kind.FLOAT32, Arena()), threads(1))
+
+    assert distance(actual, exact) <= 2 * distance(x @ weight.T, exact)
+
+
+@needs_bytes
 def test_int8_takes_bfloat16_rows_too() -> None:
     generator = torch.Generator().manual_seed(0)
     weight, x = torch.randn(32, 128, generator=generator), torch.randn(3, 128, generator=generator).bfloat16()
@@ -57,13 +111,87 @@ def test_int8_takes_bfloat16_rows_too() -> None:
     )
 
 
-def test_one_large_int8_input_leaves_other_groups_their_precision() -> None:
+@needs_bytes
+@pytest.mark.parametrize("kind", [Kind.INT8, Kind.INT4])
+def test_one_large_input_leaves_other_groups_their_precision(kind: Kind) -> None:
     generator = torch.Generator().manual_seed(0)
     weight, x = torch.randn(32, 256, generator=generator), torch.randn(1, 256, generator=generator)
     weight[:, :64] = 0
     x[0, 3] = 1000
 
-    assert distance(linear(x, pack(weight, Kind.INT8, Arena()), threads(1)), x @ weight.T) < TOLERANCE[Kind.INT8]
+    assert distance(linear(x, pack(weight, kind, Arena()), threads(1)), x @ weight.T) < TOLERANCE[kind]
+
+
+@needs_bytes
+@pytest.mark.parametrize("num_rows", [1, 5, 17])
+def test_int4_multiplies_exactly_what_its_numbers_stand_for(num_rows: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(48, 160, generator=generator), torch.randint(-127, 128, (num_rows, 160)).float()
+    x[:, ::32] = 127  # whole inputs whose scale is one
+    numbers, steps, leasts, scales = quantize_in_groups(weight)
+    meant = steps.float()[..., None] * numbers.view(48, 5, 32) + leasts.float()[..., None]
+
+    actual = linear(x, pack(weight, Kind.INT4, Arena()), threads(2))
+
+    assert distance(actual, x @ (meant.flatten(1) * scales[:, None]).T) < 1e-6
+
+
+def test_four_bits_give_back_what_was_made_of_sixteen_steps() -> None:
+    generator = torch.Generator().manual_seed(0)
+    steps, leasts = torch.rand(8, 2, 1, generator=generator) + 0.1, torch.randn(8, 2, 1, generator=generator)
+    weight = leasts + steps * torch.randint(0, 16, (8, 2, 32), generator=generator)
+    weight[..., 0], weight[..., 1] = leasts[..., 0], (leasts + 15 * steps)[..., 0]
+
+    numbers, packed_steps, packed_leasts, scales = quantize_in_groups(weight.flatten(1))
+
+    meant = packed_leasts.float()[..., None] + packed_steps.float()[..., None] * numbers.view(8, 2, 32)
+    assert distance(meant * scales[:, None, None], weight) < 1e-3
+
+
+@needs_bytes
+def test_a_group_of_equal_weights_survives_four_bits() -> None:
+    weight = torch.cat([torch.full((16, 32), 0.25), torch.zeros(16, 32)], dim=1)
+
+    actual = linear(torch.full((1, 64), 2.0), pack(weight, Kind.INT4, Arena()), threads(1))
+
+    assert actual.flatten().tolist() == pytest.approx([16.0] * 16, rel=1e-3)
+
+
+def test_more_threads_than_processors_lose_and_repeat_nothing() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(640, 64, generator=generator), torch.randn(40, 64, generator=generator)
+    packed, crowd = pack(weight, Kind.FLOAT32, Arena()), threads(4 * (os.cpu_count() or 1))
+
+    first = linear(x, packed, crowd)
+
+    assert distance(first, x @ weight.T) < TOLERANCE[Kind.FLOAT32]
+    assert all(torch.equal(linear(x, packed, crowd), first) for _ in range(150))
+
+
+@pytest.mark.parametrize("shape", [(1, 49152), (3, 50257), (33, 8193), (2, 70), (1, 5)])
+def test_logits_are_looked_through_as_by_torch(team: Threads, shape: tuple[int, int]) -> None:
+    rows = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 10
+    rows[0, 1] = -math.inf
+    blocks = torch.nn.functional.pad(rows, (0, -shape[1] % 64), value=-math.inf).view(shape[0], -1, 64)
+
+    peaks, sums = log_sums(rows, team)
+
+    assert torch.equal(block_maxima(rows, team), blocks.amax(-1))
+    assert torch.equal(peaks, rows.amax(-1))
+    torch.testing.assert_close((peaks + sums).double(), rows.double().logsumexp(-1), atol=4e-6, rtol=0)
+
+
+def test_logits_that_are_not_finite_show_in_their_block(team: Threads) -> None:
+    rows = torch.zeros(3, 200)
+    rows[0, 70], rows[0, 71] = math.nan, 5.0
+    rows[1, 70] = math.inf
+    rows[2] = -math.inf
+
+    maxima = block_maxima(rows, team)
+
+    assert maxima[0].isnan().tolist() == [False, True, False, False]
+    assert maxima[1].tolist() == [0.0, math.inf, 0.0, 0.0]
+    assert maxima[2].tolist() == [-math.inf] * 4
 
 
 def test_quantized_weights_are_off_by_half_a_step_at_most() -> None:
@@ -94,16 +222,17 @@ class Memory:
     def __init__(self, heads: tuple[int, int, int], lengths: Sequence[int], dtype: torch.dtype) -> None:
         query_heads, kv_heads, width = heads
         generator = torch.Generator().manual_seed(1)
+        num_blocks = 1 + sum(-(-length // 16) for length in lengths)
         self.tensors = (
-            torch.zeros(40, 16 * kv_heads * width, dtype=dtype),
-            torch.zeros(40, 16 * kv_heads * width, dtype=dtype),
+            torch.zeros(num_blocks, 16 * kv_heads * width, dtype=dtype),
+            torch.zeros(num_blocks, 16 * kv_heads * width, dtype=dtype),
         )
         self.sequences = [
             tuple(torch.randn(n, count, width, generator=generator) for count in (query_heads, kv_heads, kv_heads))
             for n in lengths
         ]
-        blocks = (torch.randperm(39, generator=generator) + 1).tolist()
-        self.tables = torch.zeros(len(lengths), 8, dtype=torch.int64)
+        blocks = (torch.randperm(num_blocks - 1, generator=generator) + 1).tolist()
+        self.tables = torch.zeros(len(lengths), -(-max(lengths) // 16), dtype=torch.int64)
         for table, length in zip(self.tables, lengths, strict=True):
             for index in range(-(-length // 16)):
                 table[index] = blocks.pop()
@@ -165,6 +294,31 @@ def test_attention_equals_dense(
         assert distance(actual, attended(*sequence, window)) < (1e-6 if dtype == torch.float32 else 8e-3)
 
 
+@pytest.mark.parametrize("window", [None, 300])
+def test_long_contexts_are_attended_to_in_segments(window: int | None, team: Threads) -> None:
+    memory = Memory((6, 2, 64), [700, 280], torch.float32)
+
+    steps = [(600, 255), (98, 0), (1, 25), (1, 0)]
+    parts = [memory.step(counts, window, team) for counts in steps]
+
+    for row, sequence in enumerate(memory.sequences):
+        actual = torch.cat([part[row] for part, counts in zip(parts, steps, strict=True) if counts[row]])
+        assert distance(actual, attended(*sequence, window)) < 1e-6
+
+
+def test_a_row_attends_the_same_whoever_is_beside_it_and_however_it_was_fed(team: Threads) -> None:
+    alone, among, at_once = (Memory((6, 2, 64), [600, 300, 20], torch.bfloat16) for _ in range(3))
+    for memory in (alone, among):
+        memory.step((599, 299, 19), None, team)
+
+    (by_itself,) = alone.step((1, 0, 0), None, team)
+    in_company = among.step((1, 1, 1), None, Threads(team.native, 1))[0]
+    as_prompt = at_once.step((600, 0, 0), None, team)[0][-1:]
+
+    assert torch.equal(by_itself, in_company)
+    assert torch.equal(by_itself, as_prompt)
+
+
 def test_what_is_not_finite_does_not_reach_the_next_owner_of_a_block() -> None:
     memory = Memory((2, 1, 16), [16], torch.bfloat16)
     for part in memory.sequences[0][1:]:
@@ -181,32 +335,48 @@ def test_what_is_not_finite_does_not_reach_the_next_owner_of_a_block() -> None:
     assert distance(actual, attended(query, key, value, None)) < 8e-3
 
 
-def test_a_change_of_the_sources_is_another_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sources = tmp_path / "cpu"
-    sources.mkdir()
-    (sources / "library.cpp").write_text('extern "C" int answer() { return 42; }')
-    monkeypatch.setattr(build, "SOURCES", sources)
+@pytest.fixture
+def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A library of one function, and an empty cache at `tmp_path / "cache"`."""
+    folder = tmp_path / "cpu"
+    folder.mkdir()
+    (folder / "library.cpp").write_text('extern "C" int answer() { return 42; }')
+    monkeypatch.setattr(build, "SOURCES", folder)
     monkeypatch.setenv("SHARDSTREAM_CACHE", str(tmp_path / "cache"))
+    return folder
 
-    before = build.built_library()
-    first = build.build()
+
+def test_a_change_of_the_sources_is_another_library(sources: Path) -> None:
+    before = build.built_library(AVX2)
+    first = build.build(AVX2)
     (sources / "library.cpp").write_text('extern "C" int answer() { return 43; }')
 
     assert before is None
     assert first.is_file()
-    assert build.built_library() is None
-    assert build.build() != first
+    assert build.built_library(AVX2) is None
+    assert build.build(AVX2) != first
 
 
-def test_what_does_not_compile_leaves_nothing_and_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sources = tmp_path / "cpu"
-    sources.mkdir()
+def test_libraries_that_nobody_used_for_long_are_removed_at_a_build(sources: Path, tmp_path: Path) -> None:
+    used, unused, recent = build.build(AVX2), tmp_path / "cache/kernels-0.so", tmp_path / "cache/kernels-1.so"
+    unused.touch()
+    recent.touch()
+    for path in (used, unused):
+        os.utime(path, (0, 0))
+    build.built_library(AVX2)
+    (sources / "library.cpp").write_text('extern "C" int answer() { return 43; }')
+
+    newest = build.build(AVX2)
+
+    assert set((tmp_path / "cache").iterdir()) == {used, recent, newest}
+    assert time.time() - used.stat().st_mtime < 3600
+
+
+def test_what_does_not_compile_leaves_nothing_and_one_line(sources: Path, tmp_path: Path) -> None:
     (sources / "library.cpp").write_text("this is not C++")
-    monkeypatch.setattr(build, "SOURCES", sources)
-    monkeypatch.setenv("SHARDSTREAM_CACHE", str(tmp_path / "cache"))
 
     with pytest.raises(BuildError, match=r"failed: .*error") as raised:
-        build.build()
+        build.build(AVX2)
 
     assert "\n" not in str(raised.value)
     assert list((tmp_path / "cache").iterdir()) == []
@@ -217,7 +387,25 @@ def test_without_a_compiler_the_build_says_so(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("CXX", "no-such-compiler")
 
     with pytest.raises(BuildError, match="no-such-compiler is not on the path"):
-        build.build()
+        build.build(AVX2)
+
+
+@pytest.mark.parametrize(
+    ("flags", "variant"),
+    [
+        (" ".join(AVX512.features), AVX512),
+        ("avx2 fma avx512f avx512bw avx512dq avx512vl", AVX2),
+        ("sse4_2 avx", None),
+    ],
+)
+def test_the_best_library_a_processor_can_run_is_taken(
+    flags: str, variant: Variant | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processors = tmp_path / "cpuinfo"
+    processors.write_text(f"processor : 0\nflags\t\t: fpu {flags} sse\n\nprocessor : 1\n")
+    monkeypatch.setattr(build, "PROCESSORS", processors)
+
+    assert best_variant() is variant
 
 
 def test_pieces_of_an_arena_do_not_overlap_and_begin_with_a_cache_line() -> None:

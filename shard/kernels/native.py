@@ -20,7 +20,7 @@ from typing import ClassVar, Final
 import torch
 from torch import Tensor
 
-from shard.kernels.build import built_library, is_supported
+from shard.kernels.build import best_variant, built_library
 from shard.kernels.packing import Kind, PackedMatrix
 
 log = logging.getLogger(__name__)
@@ -29,6 +29,9 @@ PLACES: Final = 16
 """Places of a block: the library knows no other number."""
 
 MAX_HEAD_WIDTH: Final = 256
+
+LOGITS_BLOCK: Final = 64
+"""Neighbours of which `block_maxima` takes one maximum."""
 
 
 class Activation(IntEnum):
@@ -177,6 +180,10 @@ class Library:
 
     def __init__(self, path: Path) -> None:
         functions = ctypes.CDLL(str(path))
+        self.kinds: frozenset[Kind] = frozenset(
+            kind for kind in Kind if functions.shardstream_has_bytes() or not kind.is_quantized
+        )
+        """What matrices it multiplies."""
         self.threads = functions.shardstream_threads
         self.threads.argtypes, self.threads.restype = [c_uint64], c_void_p
         self.end_threads = functions.shardstream_end_threads
@@ -199,6 +206,12 @@ class Library:
             *(c_uint64, c_double, c_void_p, c_void_p, c_void_p, c_void_p),
         ]
         self.attention.restype = None
+        self.block_maxima = functions.shardstream_block_maxima
+        self.block_maxima.argtypes = [c_void_p, c_void_p, c_uint64, c_uint64, c_void_p]
+        self.block_maxima.restype = None
+        self.log_sums = functions.shardstream_log_sums
+        self.log_sums.argtypes = [c_void_p, c_void_p, c_uint64, c_uint64, c_void_p, c_void_p]
+        self.log_sums.restype = None
         self.peers = functions.shardstream_peers
         self.peers.argtypes, self.peers.restype = [c_char_p, c_uint64, c_uint64, c_uint64, c_double], c_void_p
         self.leave_peers = functions.shardstream_leave_peers
@@ -212,9 +225,10 @@ class Library:
 @cache
 def library() -> Library | None:
     """The library, or None: it was not built, or this processor cannot run it."""
-    path = built_library()
-    if path is None or not is_supported():
-        log.info("native operations are not used: %s", "not built" if path is None else "this processor lacks features")
+    variant = best_variant()
+    path = None if variant is None else built_library(variant)
+    if path is None:
+        log.info("native operations are not used: %s", "this processor lacks AVX2" if variant is None else "not built")
         return None
     return Library(path)
 
@@ -292,7 +306,7 @@ class Decoder:
             last_norm=model.last_norm.data_ptr(),
             width=model.last_norm.numel(),
             heads=_heads(model.heads),
-            inner_width=model.layers[0].down.num_steps * model.kind.per_word,
+            inner_width=model.layers[0].down.width,
             activation=model.activation,
             epsilon=model.epsilon,
             residual_factor=model.residual_factor,
@@ -317,12 +331,10 @@ def memory_of(layers: Sequence[tuple[Tensor, Tensor]]) -> Array[Memory]:
 
 def linear(x: Tensor, matrix: PackedMatrix, threads: Threads) -> Tensor:
     """[rows, inputs] float32 or bfloat16 times a packed matrix -> [rows, outputs] float32."""
-    width = matrix.num_steps * matrix.kind.per_word
+    width = matrix.width
     if x.shape[1] != width:
         x = torch.nn.functional.pad(x, (0, width - x.shape[1]))
     x = x.contiguous()
-    if matrix.kind is not Kind.INT8:
-        assert x.dtype == matrix.kind.dtype, (x.dtype, matrix.kind)
     out = torch.empty(len(x), matrix.num_outputs)
     struct = _matrix(matrix)
     threads.native.linear(
@@ -358,6 +370,22 @@ def attention(
         *(query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr()),
     )
     return out
+
+
+def block_maxima(rows: Tensor, threads: Threads) -> Tensor:
+    """[R, V] contiguous float32 -> [R, ceil(V / LOGITS_BLOCK)]. A NaN is its block's maximum."""
+    num_rows, width = rows.shape
+    maxima = torch.empty(num_rows, -(-width // LOGITS_BLOCK))
+    threads.native.block_maxima(threads.address, rows.data_ptr(), num_rows, width, maxima.data_ptr())
+    return maxima
+
+
+def log_sums(rows: Tensor, threads: Threads) -> tuple[Tensor, Tensor]:
+    """[R, V] contiguous float32 -> each row's largest number, and log(sum(exp(row - largest))): [R], [R]."""
+    num_rows, width = rows.shape
+    peaks, sums = torch.empty(num_rows), torch.empty(num_rows)
+    threads.native.log_sums(threads.address, rows.data_ptr(), num_rows, width, peaks.data_ptr(), sums.data_ptr())
+    return peaks, sums
 
 
 def _step(rows: StepRows) -> _Step:

@@ -5,12 +5,15 @@
 // Queries of one KV head's group and of neighbouring tokens are rows of one tile and read keys and values once.
 #pragma once
 
+#include <vector>
+
 #include "matrix.h"
 
 namespace shardstream {
 
 constexpr size_t kPlaces = 16;  // of a block
-constexpr size_t kScoreBytes = 256 * 1024;
+constexpr size_t kSegmentBlocks = 16;  // seen at once, so that scores stay in a processor's first cache
+constexpr size_t kPartRows = 24;       // queries' rows that are attended to together
 
 // One layer's memory. Blocks follow each other; in a block, KV heads do.
 struct Memory {
@@ -50,6 +53,30 @@ struct Queries {
   size_t head;   // KV head
   size_t token;  // the first, of the step
   size_t count;  // tokens
+  size_t num_segments;
+  size_t first_partial;  // of its results in `Shares::partials`
+};
+
+// What queries found in segments of their keys, still to be joined.
+struct Partials {
+  std::vector<float> numbers;  // [num, head width]
+  std::vector<Mass> masses;    // [num]
+
+  void resize(size_t num, size_t width) {
+    numbers.resize(num * width);
+    masses.resize(num);
+  }
+};
+
+// A step's work as parts of similar size, and as segments of these where there are too few parts for the threads.
+struct Shares {
+  struct Segment {
+    size_t part;
+    size_t index;
+  };
+  std::vector<Queries> parts;
+  std::vector<Segment> segments;  // empty: threads take whole parts
+  Partials partials;
 };
 
 // Stores a head's key and value at a slot. A key that is not finite does no harm to the next owner of the block, because
@@ -69,49 +96,49 @@ void remember(const Memory& memory, const Heads& heads, size_t head, size_t slot
     Line* line = memory.values + first + d / kLanes * kSteps + place / Dot::kPerWord;
     const Lanes lanes = finite(load(value + d));
     if constexpr (std::is_same_v<Dot, BFloat16>) {
-      // Every other half of the line. A masked store leaves the others alone, which another thread may be writing.
-      const __m256i bits = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(lanes));
-      const __m512i both = _mm512_mullo_epi32(_mm512_cvtepu16_epi32(bits), _mm512_set1_epi32(0x10001));
-      _mm512_mask_storeu_epi16(line, place % 2 ? 0xaaaaaaaa : 0x55555555, both);
+      store_alternately(reinterpret_cast<bfloat16*>(line), lanes, place % 2);
     } else {
       store(reinterpret_cast<float*>(line), lanes);
     }
   }
 }
 
-// Places [first, end) of a row's scores, of which `seen_from` to `seen_to` count, become weights that sum to the result.
+// `num` scores, of which those from `seen_from` to `seen_to` count, become weights of that mass.
 template <class Number>
-float soften(float* scores, size_t num, size_t seen_from, size_t seen_to) {
-  auto mask = [&](size_t i) {
-    const __m512i places = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(i)),
-                                            _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
-    return _mm512_cmpge_epi32_mask(places, _mm512_set1_epi32(static_cast<int>(seen_from))) &
-           _mm512_cmplt_epi32_mask(places, _mm512_set1_epi32(static_cast<int>(seen_to)));
+Mass soften(float* scores, size_t num, size_t seen_from, size_t seen_to) {
+  const auto seen = [&](size_t i, Lanes lanes, float other) {
+    if (seen_from <= i && i + kLanes <= seen_to) return lanes;
+    return within(lanes, static_cast<int>(seen_from) - static_cast<int>(i), static_cast<int>(seen_to) - static_cast<int>(i), other);
   };
   Lanes largest = fill(-INFINITY);
-  for (size_t i = 0; i < num; i += kLanes) largest = _mm512_mask_max_ps(largest, mask(i), largest, load(scores + i));
-  const Lanes top = fill(_mm512_reduce_max_ps(largest));
-  Lanes sum = _mm512_setzero_ps();
+  for (size_t i = 0; i < num; i += kLanes) largest = max(largest, seen(i, load(scores + i), -INFINITY));
+  const float peak = largest_of(largest);
+  Lanes sum = fill(0);
   auto* weights = reinterpret_cast<Number*>(scores);  // no longer than the scores read so far
   for (size_t i = 0; i < num; i += kLanes) {
-    const Lanes weight = _mm512_maskz_mov_ps(mask(i), exponential(_mm512_sub_ps(load(scores + i), top)));
-    sum = _mm512_add_ps(sum, weight);
+    const Lanes weight = seen(i, exponential(load(scores + i) - fill(peak)), 0);
+    sum = sum + weight;
     store(weights + i, weight);
   }
-  return _mm512_reduce_add_ps(sum);
+  return {peak, sum_of(sum)};
 }
 
-// `queries` are words [KV head][token][group][width], already scaled. Calls write(token, head, index, lanes).
-template <class Dot, class Write>
+// `queries` are words [KV head][token][group][width], already scaled. For rows [part's tokens, group] calls
+// write(row, index, lanes) and weigh(row, mass) with what they find in one segment of the keys.
+template <class Dot, class Write, class Weigh>
 void attend(const Memory& memory, const Heads& heads, const Step& step, size_t window, const typename Dot::Number* queries,
-            const Queries& part, std::vector<float>& scratch, std::vector<const Line*>& columns, const Write& write) {
+            const Queries& part, size_t segment, const Write& write, const Weigh& weigh) {
+  thread_local std::vector<float> scratch;
+  thread_local std::vector<const Line*> columns;
   const size_t group = heads.group(), num_rows = part.count * group, lines = lines_per_head<Dot>(heads.width);
   const size_t row_context = step.contexts[part.row], row_start = step.starts[part.row];
   const size_t row_begin = row_context - (step.starts[part.row + 1] - row_start);  // position of the row's first token
   const size_t first_position = row_begin + part.token - row_start;
   const size_t end_position = first_position + part.count;
-  const size_t first_block = window && first_position + 1 > window ? (first_position + 1 - window) / kPlaces : 0;
-  const size_t num_blocks = (end_position + kPlaces - 1) / kPlaces - first_block;
+  const size_t first_seen = window && first_position + 1 > window ? (first_position + 1 - window) / kPlaces : 0;
+  const size_t first_block = std::max(first_seen, segment * kSegmentBlocks);
+  const size_t end_block = std::min((end_position + kPlaces - 1) / kPlaces, (segment + 1) * kSegmentBlocks);
+  const size_t num_blocks = std::max(end_block, first_block) - first_block;
   const size_t num_places = num_blocks * kPlaces;
   const int64_t* table = step.tables + part.row * step.table_width + first_block;
   auto head_lines = [&](const Line* from, size_t block) {
@@ -119,17 +146,17 @@ void attend(const Memory& memory, const Heads& heads, const Step& step, size_t w
   };
 
   scratch.resize(num_rows * num_places);
-  columns.resize(std::max<size_t>(num_blocks, kMaxColumns * num_blocks));
+  columns.resize(std::max<size_t>(1, kMaxColumns * num_blocks));
   const auto* rows = reinterpret_cast<const uint32_t*>(queries) + (part.head * step.num_tokens + part.token) * group * lines;
 
   // Scores: queries times keys, four blocks at a time.
   for (size_t b = 0; b < num_blocks; b++) columns[b] = head_lines(memory.keys, b);
-  alignas(64) float sums[24 * kLanes];
+  alignas(64) float sums[kTileSums];
   for (size_t b = 0; b < num_blocks; b += kMaxColumns) {
     const size_t num = std::min(kMaxColumns, num_blocks - b);
     const Line* ahead = columns[std::min(b + num, num_blocks - 1)];
     for (size_t row = 0; row < num_rows;) {
-      const size_t count = std::min(max_rows(num), num_rows - row);
+      const size_t count = std::min(Dot::max_rows(num), num_rows - row);
       tile_for<Dot>(count, num)({rows + row * lines, lines}, columns.data() + b, 1, lines, ahead, sums);
       for (size_t m = 0; m < count; m++, row++) {
         for (size_t c = 0; c < num; c++) {
@@ -139,11 +166,14 @@ void attend(const Memory& memory, const Heads& heads, const Step& step, size_t w
     }
   }
 
-  float totals[512];
+  float inverses[512];
   for (size_t row = 0; row < num_rows; row++) {
-    const size_t position = first_position + row / group, first_place = first_block * kPlaces;
-    const size_t seen_from = window && position + 1 > window ? position + 1 - window - first_place : 0;
-    totals[row] = soften<typename Dot::Number>(&scratch[row * num_places], num_places, seen_from, position + 1 - first_place);
+    const size_t end = first_position + row / group + 1, first_place = first_block * kPlaces;
+    const auto from_here = [&](size_t place) { return std::min(num_places, std::max(place, first_place) - first_place); };
+    const Mass mass = soften<typename Dot::Number>(&scratch[row * num_places], num_places,
+                                                   from_here(window && end > window ? end - window : 0), from_here(end));
+    inverses[row] = mass.sum > 0 ? 1.f / mass.sum : 0;
+    weigh(row, mass);
   }
 
   // Weights times values, four times 16 of the head's width at a time.
@@ -156,34 +186,107 @@ void attend(const Memory& memory, const Heads& heads, const Step& step, size_t w
       for (size_t r = 0; r < num; r++) columns[b * num + r] = at + r * kSteps;
     }
     for (size_t row = 0; row < num_rows;) {
-      const size_t count = std::min(max_rows(num), num_rows - row);
+      const size_t count = std::min(Dot::max_rows(num), num_rows - row);
       const auto* weights = reinterpret_cast<const uint32_t*>(&scratch[row * num_places]);
       tile_for<Dot>(count, num)({weights, num_places}, columns.data(), num_blocks, kSteps, columns[0], sums);
       for (size_t m = 0; m < count; m++, row++) {
-        const Lanes inverse = fill(1.f / totals[row]);
-        for (size_t r = 0; r < num; r++) {
-          write(part.token + row / group, part.head * group + row % group, (c + r) * kLanes,
-                _mm512_mul_ps(load(sums + (m * num + r) * kLanes), inverse));
-        }
+        const Lanes inverse = fill(inverses[row]);
+        for (size_t r = 0; r < num; r++) write(row, (c + r) * kLanes, load(sums + (m * num + r) * kLanes) * inverse);
       }
     }
   }
 }
 
-// The step's work in parts of similar size: as many tokens together as have room for their scores.
-inline std::vector<Queries> parts_of(const Step& step, const Heads& heads) {
-  std::vector<Queries> parts;
+// Joins what a part's rows found in its segments, and calls put(row, index, lanes).
+template <class Put>
+void join(Partials& partials, const Queries& part, const Heads& heads, const Put& put) {
+  const size_t num_rows = part.count * heads.group();
+  for (size_t row = 0; row < num_rows; row++) {
+    const auto at = [&](size_t segment) { return part.first_partial + segment * num_rows + row; };
+    float peak = -INFINITY, total = 0;
+    for (size_t s = 0; s < part.num_segments; s++) peak = std::max(peak, partials.masses[at(s)].peak);
+    for (size_t s = 0; s < part.num_segments; s++) {
+      Mass& mass = partials.masses[at(s)];
+      mass = {peak, mass.sum * std::exp(mass.peak - peak)};
+      total += mass.sum;
+    }
+    for (size_t i = 0; i < heads.width; i += kLanes) {
+      Lanes sum = fill(0);
+      for (size_t s = 0; s < part.num_segments; s++) {
+        sum = multiply_add(load(&partials.numbers[at(s) * heads.width + i]), fill(partials.masses[at(s)].sum / total), sum);
+      }
+      put(row, i, sum);
+    }
+  }
+}
+
+// All parts of a step. Calls put(token, head, index, lanes).
+//
+// A row's result does not depend on who shares the step with it: the same segments, which begin at fixed places, are
+// joined in the same order whether one thread takes all of a part or several do.
+template <class Dot, class Put>
+void attend_all(Threads& threads, const Memory& memory, const Heads& heads, const Step& step, size_t window,
+                const typename Dot::Number* queries, Shares& shares, const Put& put) {
+  const size_t group = heads.group();
+  const auto put_rows_of = [&](const Queries& part) {
+    return [&, part](size_t row, size_t i, Lanes lanes) {
+      put(part.token + row / group, part.head * group + row % group, i, lanes);
+    };
+  };
+  const auto attend_segment = [&](const Queries& part, size_t segment, Partials& to) {
+    const size_t first = part.first_partial + segment * part.count * group;
+    attend<Dot>(
+        memory, heads, step, window, queries, part, segment,
+        [&](size_t row, size_t i, Lanes lanes) { store(&to.numbers[(first + row) * heads.width + i], lanes); },
+        [&](size_t row, Mass mass) { to.masses[first + row] = mass; });
+  };
+  if (!shares.segments.empty()) {
+    threads.each(shares.segments.size(), [&](size_t index) {
+      const Shares::Segment segment = shares.segments[index];
+      attend_segment(shares.parts[segment.part], segment.index, shares.partials);
+    });
+    for (const Queries& part : shares.parts) join(shares.partials, part, heads, put_rows_of(part));
+    return;
+  }
+  threads.each(shares.parts.size(), [&](size_t index) {
+    Queries part = shares.parts[index];
+    if (part.num_segments == 1) {
+      attend<Dot>(memory, heads, step, window, queries, part, 0, put_rows_of(part), [](size_t, Mass) {});
+      return;
+    }
+    thread_local Partials partials;
+    part.first_partial = 0;
+    partials.resize(part.num_segments * part.count * group, heads.width);
+    for (size_t s = 0; s < part.num_segments; s++) attend_segment(part, s, partials);
+    join(partials, part, heads, put_rows_of(part));
+  });
+}
+
+// Divides a step among so many threads: as many tokens together as fill the tiles.
+inline void divide(Shares& shares, const Step& step, const Heads& heads, size_t num_threads) {
+  const size_t most = std::max<size_t>(1, kPartRows / heads.group());
+  size_t num_partials = 0, num_rows = 0;
+  shares.parts.clear();
+  shares.segments.clear();
   for (size_t row = 0; row < step.num_rows; row++) {
     const size_t start = step.starts[row], stop = step.starts[row + 1];
-    const size_t score_bytes = heads.group() * (step.contexts[row] + kPlaces) * sizeof(float);
-    const size_t most = std::max<size_t>(1, std::min(kScoreBytes / score_bytes, 24 / heads.group()));
     for (size_t token = start; token < stop; token += most) {
+      const size_t count = std::min(most, stop - token);
+      const size_t end = step.contexts[row] - (stop - token - count);  // places up to the last of these tokens
+      const size_t num_segments = (end + kSegmentBlocks * kPlaces - 1) / (kSegmentBlocks * kPlaces);
       for (size_t head = 0; head < heads.key_value; head++) {
-        parts.push_back({row, head, token, std::min(most, stop - token)});
+        shares.parts.push_back({row, head, token, count, num_segments, num_partials});
+        num_partials += num_segments * count * heads.group();
+        num_rows += count * heads.group();
       }
     }
   }
-  return parts;
+  const bool is_enough = num_threads == 1 || shares.parts.size() >= 4 * num_threads;
+  if (is_enough || num_partials == num_rows) return;
+  for (size_t part = 0; part < shares.parts.size(); part++) {
+    for (size_t s = 0; s < shares.parts[part].num_segments; s++) shares.segments.push_back({part, s});
+  }
+  shares.partials.resize(num_partials, heads.width);
 }
 
 }  // namespace shardstream

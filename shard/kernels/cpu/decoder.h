@@ -101,7 +101,7 @@ class Decoder {
   }
 
  private:
-  static constexpr bool kQuantized = std::is_same_v<Dot, Int8>;
+  static constexpr bool kQuantized = Dot::kGroup != 0;
 
   void begin(const Step& step, const Outer* hidden) {
     const size_t num = step.num_tokens, width = model_.width, heads_width = model_.heads.query * model_.heads.width;
@@ -113,16 +113,16 @@ class Decoder {
     operand_ = operand_memory_.of(num * widest);
     if constexpr (kQuantized) {
       exact_ = exact_memory_.of(num * widest);
-      scales_ = scales_memory_.of(num * widest / kGroup);
-      offsets_ = offsets_memory_.of(num * widest / kGroup);
+      scales_ = scales_memory_.of(num * groups_in<Dot>(widest));
+      sums_ = sums_memory_.of(num * groups_in<Dot>(widest));
     }
     each_token(num, [&](size_t token) {
       const size_t at = token * width;
       const Lanes factor = fill(static_cast<float>(model_.embedding_factor));
-      for (size_t i = 0; i < width; i += kLanes) store(stream_ + at + i, _mm512_mul_ps(load(hidden + at + i), factor));
+      for (size_t i = 0; i < width; i += kLanes) store(stream_ + at + i, load(hidden + at + i) * factor);
     });
     rotate_ahead(step);
-    parts_ = parts_of(step, model_.heads);
+    divide(shares_, step, model_.heads, threads_.count());
   }
 
   // Cosines and sines of every token's angles, per rotation [num_tokens, 2, num].
@@ -149,24 +149,20 @@ class Decoder {
   void attention(const Layer& layer, const Memory& memory, const Step& step) {
     const Heads& heads = model_.heads;
     const size_t num = step.num_tokens, projected_width = (heads.query + 2 * heads.key_value) * heads.width;
-    const RowsBuffer<Dot> normed{operand_, model_.width, scales_, offsets_};
+    const RowsBuffer<Dot> normed{operand_, model_.width, scales_, sums_};
     norm_rows(layer.before_attention, normed, num);
     multiply<Dot, 1>(threads_, layer.query_key_value, normed, num, [&](size_t row, size_t block, Lanes lanes) {
       store(projected_ + row * projected_width + block * kLanes, lanes);
     });
     each_token(num, [&](size_t token) { place(layer, memory, step, token); });
 
-    const RowsBuffer<Dot> attended{operand_, heads.query * heads.width, scales_, offsets_};
-    threads_.each(parts_.size(), [&](size_t index) {
-      thread_local std::vector<float> scratch;
-      thread_local std::vector<const Line*> columns;
-      attend<Attend>(memory, heads, step, layer.window, queries_, parts_[index], scratch, columns,
-                     [&](size_t token, size_t head, size_t i, Lanes lanes) {
-                       const size_t at = token * attended.width + head * heads.width + i;
-                       if constexpr (kQuantized) store(exact_ + at, lanes);
-                       else store(operand_ + at, lanes);
-                     });
-    });
+    const RowsBuffer<Dot> attended{operand_, heads.query * heads.width, scales_, sums_};
+    attend_all<Attend>(threads_, memory, heads, step, layer.window, queries_, shares_,
+                       [&](size_t token, size_t head, size_t i, Lanes lanes) {
+                         const size_t at = token * attended.width + head * heads.width + i;
+                         if constexpr (kQuantized) store(exact_ + at, lanes);
+                         else store(operand_ + at, lanes);
+                       });
     project(layer.output, attended, layer.after_attention, num);
   }
 
@@ -179,7 +175,7 @@ class Decoder {
     for (size_t h = 0; h < heads.query; h++, head += heads.width) {
       turn(layer, layer.of_query, token, head);
       Outer* to = queries_ + ((h / group * step.num_tokens + token) * group + h % group) * heads.width;
-      for (size_t d = 0; d < heads.width; d += kLanes) store(to + d, _mm512_mul_ps(load(head + d), scaling));
+      for (size_t d = 0; d < heads.width; d += kLanes) store(to + d, load(head + d) * scaling);
     }
     for (size_t h = 0; h < heads.key_value; h++, head += heads.width) {
       turn(layer, layer.of_key, token, head);
@@ -203,17 +199,17 @@ class Decoder {
   }
 
   void mlp(const Layer& layer, size_t num) {
-    const RowsBuffer<Dot> normed{operand_, model_.width, scales_, offsets_};
+    const RowsBuffer<Dot> normed{operand_, model_.width, scales_, sums_};
     norm_rows(layer.before_mlp, normed, num);
     // Activations go where no thread still reads its operand.
     auto* activated_numbers = activated_memory_.of(num * model_.inner_width);
     multiply<Dot, 2>(threads_, layer.gate_up, normed, num, [&](size_t row, size_t block, Lanes gate, Lanes up) {
       const Lanes open = model_.activation == kSilu ? silu(gate) : gelu_tanh(gate);
       const size_t at = row * model_.inner_width + block / 2 * kLanes;
-      if constexpr (kQuantized) store(exact_ + at, _mm512_mul_ps(open, up));
-      else store(activated_numbers + at, _mm512_mul_ps(open, up));
+      if constexpr (kQuantized) store(exact_ + at, open * up);
+      else store(activated_numbers + at, open * up);
     });
-    project(layer.down, {activated_numbers, model_.inner_width, scales_, offsets_}, layer.after_mlp, num);
+    project(layer.down, {activated_numbers, model_.inner_width, scales_, sums_}, layer.after_mlp, num);
   }
 
   // Multiplies and adds to the stream, over all ranks and through a norm where the layer has one.
@@ -229,7 +225,7 @@ class Decoder {
     if (!peers_ && !norm_weight) {
       multiply<Dot, 1>(threads_, matrix, operand, num, [&](size_t row, size_t block, Lanes lanes) {
         float* to = stream_ + row * width + block * kLanes;
-        store(to, _mm512_fmadd_ps(lanes, factor, load(to)));
+        store(to, multiply_add(lanes, factor, load(to)));
       });
       return;
     }
@@ -241,7 +237,7 @@ class Decoder {
       float* row = added_ + token * width;
       float* to = stream_ + token * width;
       if (norm_weight) norm(row, width, norm_weight, [&](size_t i, Lanes lanes) { store(row + i, lanes); });
-      for (size_t i = 0; i < width; i += kLanes) store(to + i, _mm512_fmadd_ps(load(row + i), factor, load(to + i)));
+      for (size_t i = 0; i < width; i += kLanes) store(to + i, multiply_add(load(row + i), factor, load(to + i)));
     });
   }
 
@@ -250,20 +246,20 @@ class Decoder {
       const float* row = stream_ + token * model_.width;
       if (!weight) return to.write(token, [&](size_t i) { return load(row + i); });
       const Lanes scale = norm_scale(row, model_.width);
-      to.write(token, [&](size_t i) { return _mm512_mul_ps(load(weight + i), _mm512_mul_ps(load(row + i), scale)); });
+      to.write(token, [&](size_t i) { return load(weight + i) * (load(row + i) * scale); });
     });
   }
 
   Lanes norm_scale(const float* row, size_t width) const {
-    Lanes squares = _mm512_setzero_ps();
-    for (size_t i = 0; i < width; i += kLanes) squares = _mm512_fmadd_ps(load(row + i), load(row + i), squares);
-    return fill(1.f / std::sqrt(_mm512_reduce_add_ps(squares) / static_cast<float>(width) + static_cast<float>(model_.epsilon)));
+    Lanes squares = fill(0);
+    for (size_t i = 0; i < width; i += kLanes) squares = multiply_add(load(row + i), load(row + i), squares);
+    return fill(1.f / std::sqrt(sum_of(squares) / static_cast<float>(width) + static_cast<float>(model_.epsilon)));
   }
 
   template <class Write>
   void norm(const float* row, size_t width, const float* weight, const Write& write) const {
     const Lanes scale = norm_scale(row, width);
-    for (size_t i = 0; i < width; i += kLanes) write(i, _mm512_mul_ps(load(weight + i), _mm512_mul_ps(load(row + i), scale)));
+    for (size_t i = 0; i < width; i += kLanes) write(i, load(weight + i) * (load(row + i) * scale));
   }
 
   // A few tokens are done sooner than another thread could be told of them.
@@ -279,17 +275,17 @@ class Decoder {
   Threads& threads_;
   Peers* peers_;
   int fault_ = kNone;
-  std::vector<Queries> parts_;
+  Shares shares_;
   std::vector<float*> angles_;
   Scratch<float> stream_memory_, projected_memory_, added_memory_, scales_memory_, angles_memory_, exact_memory_;
-  Scratch<int32_t> offsets_memory_;
+  Scratch<int32_t> sums_memory_;
   Scratch<Outer> queries_memory_;
   Scratch<typename Dot::Number> operand_memory_, activated_memory_;
   float* stream_ = nullptr;     // [num_tokens, width]
   float* projected_ = nullptr;  // [num_tokens, query, key and value heads]
   float* added_ = nullptr;      // [num_tokens, width]
   float* scales_ = nullptr;     // [num_tokens, groups]
-  int32_t* offsets_ = nullptr;  // [num_tokens, groups]
+  int32_t* sums_ = nullptr;  // [num_tokens, groups]
   float* exact_ = nullptr;      // [num_tokens, widest] what is about to be quantised
   Outer* queries_ = nullptr;    // [KV heads, num_tokens, group, head width]
   typename Dot::Number* operand_ = nullptr;  // [num_tokens, widest]

@@ -1,12 +1,13 @@
 // What `shard.kernels.native` calls. Plain functions over plain memory: no Python, no torch.
 
 #include "decoder.h"
+#include "logits.h"
 
 using namespace shardstream;
 
 namespace {
 
-enum Kind : int64_t { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2 };
+enum Kind : int64_t { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2, kInt4 = 3 };
 
 // A decoder of whichever kind.
 struct AnyDecoder {
@@ -28,14 +29,16 @@ template <class Dot, class Number>
 void linear(Threads& threads, const Matrix& matrix, const Number* x, size_t num_rows, size_t width, size_t num_outputs,
             float* out) {
   std::vector<typename Dot::Number> numbers(num_rows * width + 64);
-  std::vector<float> scales(num_rows * width / kGroup);
-  std::vector<int32_t> offsets(num_rows * width / kGroup);
-  const RowsBuffer<Dot> operand{numbers.data(), width, scales.data(), offsets.data()};
+  const size_t num_groups = num_rows * groups_in<Dot>(width);
+  std::vector<float> scales(num_groups);
+  std::vector<int32_t> sums(num_groups);
+  const RowsBuffer<Dot> operand{numbers.data(), width, scales.data(), sums.data()};
   for (size_t row = 0; row < num_rows; row++) operand.write(row, [&](size_t i) { return load(x + row * width + i); });
   multiply<Dot, 1>(threads, matrix, operand, num_rows, [&](size_t row, size_t block, Lanes lanes) {
     const size_t left = num_outputs - block * kLanes;
     float* to = out + row * num_outputs + block * kLanes;
-    _mm512_mask_storeu_ps(to, left >= kLanes ? 0xffff : (1u << left) - 1, lanes);
+    if (left >= kLanes) store(to, lanes);
+    else store_some(to, lanes, left);
   });
 }
 
@@ -48,38 +51,50 @@ void attention(Threads& threads, const Memory& memory, const Heads& heads, const
     for (size_t h = 0; h < heads.query; h++) {
       const float* from = query + (token * heads.query + h) * heads.width;
       auto* to = &queries[((h / group * step.num_tokens + token) * group + h % group) * heads.width];
-      for (size_t d = 0; d < heads.width; d += kLanes) store(to + d, _mm512_mul_ps(load(from + d), fill(static_cast<float>(scaling))));
+      for (size_t d = 0; d < heads.width; d += kLanes) store(to + d, load(from + d) * fill(static_cast<float>(scaling)));
     }
     for (size_t h = 0; h < heads.key_value; h++) {
       const size_t at = (token * heads.key_value + h) * heads.width;
       remember<Dot>(memory, heads, h, step.slots[token], key + at, value + at);
     }
   }
-  const std::vector<Queries> parts = parts_of(step, heads);
-  threads.each(parts.size(), [&](size_t index) {
-    std::vector<float> scratch;
-    std::vector<const Line*> columns;
-    attend<Dot>(memory, heads, step, window, queries.data(), parts[index], scratch, columns,
-                [&](size_t token, size_t head, size_t i, Lanes lanes) {
-                  store(out + (token * heads.query + head) * heads.width + i, lanes);
-                });
-  });
+  Shares shares;
+  divide(shares, step, heads, threads.count());
+  attend_all<Dot>(threads, memory, heads, step, window, queries.data(), shares,
+                  [&](size_t token, size_t head, size_t i, Lanes lanes) {
+                    store(out + (token * heads.query + head) * heads.width + i, lanes);
+                  });
 }
 
 }  // namespace
 
+#pragma GCC visibility push(default)
+
 extern "C" {
+
+// Whether matrices of 8 and 4 bits can be multiplied.
+int shardstream_has_bytes() {
+#ifdef SHARDSTREAM_BYTES
+  return 1;
+#else
+  return 0;
+#endif
+}
 
 Threads* shardstream_threads(uint64_t count) { return new Threads(count); }
 
 void shardstream_end_threads(Threads* threads) { delete threads; }
 
 void* shardstream_decoder(const Model* model, int64_t kind, Threads* threads, Peers* peers) {
-  AnyDecoder* decoder;
+  AnyDecoder* decoder;  // none for a kind this library does not know
   switch (kind) {
     case kFloat32: decoder = new DecoderOf<Float32, Float32>(*model, *threads, peers); break;
     case kBFloat16: decoder = new DecoderOf<BFloat16, BFloat16>(*model, *threads, peers); break;
-    default: decoder = new DecoderOf<Int8, BFloat16>(*model, *threads, peers);
+#ifdef SHARDSTREAM_BYTES
+    case kInt8: decoder = new DecoderOf<Int8, BFloat16>(*model, *threads, peers); break;
+    case kInt4: decoder = new DecoderOf<Int4, BFloat16>(*model, *threads, peers); break;
+#endif
+    default: decoder = nullptr;
   }
   return decoder;
 }
@@ -95,10 +110,17 @@ void shardstream_linear(Threads* threads, int64_t kind, const Matrix* matrix, co
                         uint64_t num_rows, uint64_t width, uint64_t num_outputs, float* out) {
   const auto* floats = static_cast<const float*>(x);
   const auto* halves = static_cast<const bfloat16*>(x);
-  if (kind == kFloat32) linear<Float32>(*threads, *matrix, floats, num_rows, width, num_outputs, out);
-  else if (kind == kBFloat16) linear<BFloat16>(*threads, *matrix, halves, num_rows, width, num_outputs, out);
-  else if (from_bfloat16) linear<Int8>(*threads, *matrix, halves, num_rows, width, num_outputs, out);
-  else linear<Int8>(*threads, *matrix, floats, num_rows, width, num_outputs, out);
+  const auto multiply_as = [&](auto dot) {
+    using Dot = decltype(dot);
+    if (from_bfloat16) linear<Dot>(*threads, *matrix, halves, num_rows, width, num_outputs, out);
+    else linear<Dot>(*threads, *matrix, floats, num_rows, width, num_outputs, out);
+  };
+  if (kind == kFloat32) multiply_as(Float32{});
+  else if (kind == kBFloat16) multiply_as(BFloat16{});
+#ifdef SHARDSTREAM_BYTES
+  else if (kind == kInt8) multiply_as(Int8{});
+  else if (kind == kInt4) multiply_as(Int4{});
+#endif
 }
 
 void shardstream_attention(Threads* threads, int64_t kind, const Memory* memory, const Heads* heads, const Step* step,
@@ -106,6 +128,15 @@ void shardstream_attention(Threads* threads, int64_t kind, const Memory* memory,
                            float* out) {
   if (kind == kFloat32) attention<Float32>(*threads, *memory, *heads, *step, window, scaling, query, key, value, out);
   else attention<BFloat16>(*threads, *memory, *heads, *step, window, scaling, query, key, value, out);
+}
+
+void shardstream_block_maxima(Threads* threads, const float* logits, uint64_t num_rows, uint64_t width, float* maxima) {
+  block_maxima(*threads, logits, num_rows, width, maxima);
+}
+
+void shardstream_log_sums(Threads* threads, const float* logits, uint64_t num_rows, uint64_t width, float* peaks,
+                          float* log_sums) {
+  log_sums_of(*threads, logits, num_rows, width, peaks, log_sums);
 }
 
 Peers* shardstream_peers(const char* path, uint64_t rank, uint64_t count, uint64_t slot_bytes, double timeout_s) {
@@ -121,3 +152,5 @@ int shardstream_gather(Peers* peers, const char* from, uint64_t num_bytes, char*
 }
 
 }  // extern "C"
+
+#pragma GCC visibility pop

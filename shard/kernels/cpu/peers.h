@@ -24,6 +24,7 @@ namespace shardstream {
 
 enum PeerFault : int { kNone = 0, kDied = 1, kLate = 2 };
 
+constexpr int kLooksBeforeYield = 1000;  // of about 15 ns each
 constexpr long kSleepNanoseconds = 20'000'000;
 
 class Peers {
@@ -68,10 +69,13 @@ class Peers {
     for (size_t start = 0; start < num; start += most) {
       const size_t part = std::min(most, num - start);
       if (const PeerFault fault = enter(numbers + start, part * sizeof(float))) return fault;
-      for (size_t i = 0; i < part; i++) {
-        float total = 0;
-        for (size_t peer = 0; peer < count_; peer++) total += reinterpret_cast<const float*>(slot(peer))[i];
-        numbers[start + i] = total;
+      for (size_t i = 0; i < part; i += kLanes) {
+        if (i + kLanes <= part) {
+          store(numbers + start + i, sum_at(i, [](const float* from) { return load(from); }));
+        } else {
+          const size_t rest = part - i;
+          store_some(numbers + start + i, sum_at(i, [&](const float* from) { return load_some(from, rest, 0); }), rest);
+        }
       }
     }
     return kNone;
@@ -88,6 +92,13 @@ class Peers {
   }
 
  private:
+  template <class Load>
+  Lanes sum_at(size_t i, const Load& load_from) const {
+    Lanes total = load_from(reinterpret_cast<const float*>(slot(0)) + i);
+    for (size_t peer = 1; peer < count_; peer++) total = total + load_from(reinterpret_cast<const float*>(slot(peer)) + i);
+    return total;
+  }
+
   std::atomic<uint32_t>& word(size_t peer) const { return *reinterpret_cast<std::atomic<uint32_t>*>(memory_ + peer * 64); }
   // Beside the first rank's word: how many sleep until a word changes.
   std::atomic<uint32_t>& sleepers() const { return *reinterpret_cast<std::atomic<uint32_t>*>(memory_ + 8); }

@@ -1,8 +1,9 @@
 // A few threads that share out indices.
 //
 // An operation waits for its indices, never for its threads: whoever is there takes the next index, so a thread that
-// the system has put aside for another process delays nothing but the one index it may hold. Waiting threads look for
-// work a short while and then sleep; between steps nothing spins.
+// the system has put aside for another process delays only the one index it may hold. Whoever waits looks for about as
+// long as an index takes and then sleeps: the holder, or the process before it, can have the processor meanwhile, which
+// looking on would keep from them until the system's next tick. Between steps nothing spins.
 #pragma once
 
 #include <linux/futex.h>
@@ -21,8 +22,8 @@
 
 namespace shardstream {
 
-constexpr int kLooksBeforeSleep = 4000;   // of about 15 ns each
-constexpr int kLooksBeforeYield = 1000;
+constexpr int kLooksBeforeSleep = 4000;      // of about 15 ns each
+constexpr uint64_t kLeastPatience = 50'000;  // clock ticks, about 20 us
 
 inline long futex(std::atomic<uint32_t>& word, int operation, uint32_t value, const timespec* timeout = nullptr) {
   return syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), operation, value, timeout, nullptr, 0);
@@ -55,15 +56,11 @@ class Threads {
     call_.store([](const void* context, size_t index) { (*static_cast<const Work*>(context))(index); },
                 std::memory_order_relaxed);
     context_.store(&work, std::memory_order_relaxed);
-    num_.store(num, std::memory_order_relaxed);
+    num_.store(static_cast<uint32_t>(num), std::memory_order_relaxed);
     done_.store(0, std::memory_order_relaxed);
     const uint32_t generation = generation_.load(std::memory_order_relaxed) + 1;
     announce(generation, static_cast<uint32_t>(num));
-    take(generation);
-    for (int looks = 0; done_.load(std::memory_order_acquire) < num; looks++) {
-      if (looks < kLooksBeforeYield) _mm_pause();
-      else sched_yield();
-    }
+    await_others(take(generation));
   }
 
  private:
@@ -77,20 +74,36 @@ class Threads {
 
   // Takes indices of one generation until none is left. The ticket holds the generation and how many are left, and
   // what is read besides counts only if the ticket is still the same afterwards: a late thread can neither take an
-  // index that is not there nor one of a generation whose work it has not seen.
-  void take(uint32_t generation) {
+  // index that is not there nor one of a generation whose work it has not seen. Returns how many clock ticks an index
+  // that another thread holds may well take.
+  uint64_t take(uint32_t generation) {
+    const uint64_t begun_at = __rdtsc();
+    uint64_t num_taken = 0;
     uint64_t ticket = ticket_.load(std::memory_order_acquire);
     for (;;) {
-      const size_t left = static_cast<uint32_t>(ticket);
-      if (ticket >> 32 != generation || !left) return;
+      const uint32_t left = static_cast<uint32_t>(ticket);
+      if (ticket >> 32 != generation || !left) break;
       const Call call = call_.load(std::memory_order_relaxed);
       const void* context = context_.load(std::memory_order_relaxed);
-      const size_t num = num_.load(std::memory_order_relaxed);
+      const uint32_t num = num_.load(std::memory_order_relaxed);
       if (!ticket_.compare_exchange_weak(ticket, ticket - 1, std::memory_order_acq_rel, std::memory_order_acquire)) continue;
       call(context, num - left);
-      done_.fetch_add(1, std::memory_order_release);
+      if (done_.fetch_add(1) + 1 == num && waiting_.load()) futex(done_, FUTEX_WAKE_PRIVATE, 1);
+      num_taken++;
       ticket = ticket_.load(std::memory_order_acquire);
     }
+    return kLeastPatience + 2 * (__rdtsc() - begun_at) / std::max<uint64_t>(1, num_taken);
+  }
+
+  void await_others(uint64_t patience) {
+    const uint32_t num = num_.load(std::memory_order_relaxed);
+    for (const uint64_t begun_at = __rdtsc(); __rdtsc() - begun_at < patience;) {
+      if (done_.load(std::memory_order_acquire) == num) return;
+      _mm_pause();
+    }
+    waiting_.store(true);
+    for (uint32_t done; (done = done_.load()) != num;) futex(done_, FUTEX_WAIT_PRIVATE, done);
+    waiting_.store(false);
   }
 
   void serve() {
@@ -115,13 +128,14 @@ class Threads {
 
   std::vector<std::thread> workers_;
   alignas(64) std::atomic<uint64_t> ticket_{0};
-  alignas(64) std::atomic<size_t> done_{0};
+  alignas(64) std::atomic<uint32_t> done_{0};
+  std::atomic<bool> waiting_{false};
   alignas(64) std::atomic<uint32_t> generation_{0};
   std::atomic<uint32_t> sleeping_{0};
   std::atomic<bool> ending_{false};
   std::atomic<Call> call_{nullptr};
   std::atomic<const void*> context_{nullptr};
-  std::atomic<size_t> num_{0};
+  std::atomic<uint32_t> num_{0};
 };
 
 }  // namespace shardstream

@@ -6,7 +6,8 @@
 //     [outputs / 16][inputs / per word][16][per word]
 //
 // so that one instruction multiplies a line by a word of the other operand, repeated sixteen times, and adds to 16 sums.
-// Weights, key blocks (outputs are 16 places) and value blocks (inputs are 16 places) all have this form.
+// Weights, key blocks (outputs are 16 places) and value blocks (inputs are 16 places) all have this form. Weights of 8
+// bits and less are in `bytes.h`.
 #pragma once
 
 #include <array>
@@ -21,53 +22,45 @@ struct alignas(64) Line {
   uint32_t words[kLanes];
 };
 
+// Sums of more than `kRun` steps are made of sums of so many, so that small products are not lost beside large sums: one
+// long float32 sum is four times as far from what transformers computes. bfloat16 has lost more before it comes here.
 struct Float32 {
   using Number = float;
-  using Sum = __m512;
+  using Cells = Lanes;  // a line, or a word sixteen times
   static constexpr size_t kPerWord = 1;
-  static Sum zero() { return _mm512_setzero_ps(); }
-  static Sum add(Sum sum, __m512i line, __m512i word) {
-    return _mm512_fmadd_ps(_mm512_castsi512_ps(line), _mm512_castsi512_ps(word), sum);
-  }
+  static constexpr size_t kRun = 128;
+  static constexpr size_t kGroup = 0;  // numbers have no common scale
+  static constexpr size_t max_rows(size_t num_columns) { return shardstream::max_rows(num_columns); }
+  static Cells line(const Line& line) { return load(reinterpret_cast<const float*>(&line)); }
+  static Cells word(const uint32_t& word) { return fill(reinterpret_cast<const float&>(word)); }
 };
 
 struct BFloat16 {
   using Number = bfloat16;
-  using Sum = __m512;
+  using Cells = Pairs;
   static constexpr size_t kPerWord = 2;
-  static Sum zero() { return _mm512_setzero_ps(); }
-  static Sum add(Sum sum, __m512i line, __m512i word) {
-    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(line), reinterpret_cast<__m512bh>(word));
-  }
+  static constexpr size_t kRun = 0;  // all steps are one run
+  static constexpr size_t kGroup = 0;
+  static constexpr size_t max_rows(size_t num_columns) { return shardstream::max_rows(num_columns); }
+  static Cells line(const Line& line) { return load_pairs(line.words); }
+  static Cells word(const uint32_t& word) { return fill_pairs(word); }
 };
 
-// Lines are unsigned, int8 plus 128, and words signed: the instruction wants it so. What the 128 add to a sum is known
-// from the words alone. Words come in groups with a scale each, because one large input would take the others' bits.
-struct Int8 {
-  using Number = int8_t;
-  using Sum = __v16si;  // as __m512i, whose elements are 64 bits, GCC would not keep it in a register
-  static constexpr size_t kPerWord = 4;
-  static Sum zero() { return Sum{}; }
-  static Sum add(Sum sum, __m512i line, __m512i word) {
-    return reinterpret_cast<Sum>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sum), line, word));
-  }
-};
-
-constexpr size_t kGroup = 64;  // int8 inputs under one scale
-constexpr size_t kGroupSteps = kGroup / Int8::kPerWord;
-
-// Rows of words, where a tile begins. The last three are of int8 only.
+// Rows of words, where a tile begins. The last three are of numbers in groups.
 struct Operand {
   const uint32_t* words;
   size_t stride;  // words from row to row
-  const float* scales = nullptr;     // [rows, num_groups]
-  const int32_t* offsets = nullptr;  // [rows, num_groups] -128 times the sum of a group's numbers
+  const float* scales = nullptr;  // [rows, num_groups]
+  const int32_t* sums = nullptr;  // [rows, num_groups] of a group's numbers
   size_t num_groups = 0;
 };
 
-// Rows times columns of 16 outputs; the sums stay in registers, of which there are 32.
+// Columns of 16 outputs that one tile takes; its rows are no more than Dot::max_rows(columns), so that all sums stay in
+// registers.
 constexpr size_t kMaxColumns = 4;
-constexpr size_t max_rows(size_t num_columns) { return num_columns <= 2 ? 12 : num_columns == 3 ? 8 : 6; }
+
+// Sums of any tile.
+constexpr size_t kTileSums = 24 * kLanes;
 
 // sums[m][r * 16 ...] = sum over panels p and steps s of x[m][p * num_steps + s] * columns[p * R + r][s].
 //
@@ -75,98 +68,81 @@ constexpr size_t max_rows(size_t num_columns) { return num_columns <= 2 ? 12 : n
 using TileFunction = void (*)(const Operand& x, const Line* const* columns, size_t num_panels, size_t num_steps,
                               const Line* ahead, float* sums);
 
+inline void prefetch(const Line* line) { _mm_prefetch(reinterpret_cast<const char*>(line), _MM_HINT_T1); }
+
+// Adds the registers to `sums` and clears them.
+template <size_t M, size_t R>
+inline void flush(Lanes (&sum)[M][R], float* sums) {
+#pragma GCC unroll 12
+  for (size_t m = 0; m < M; m++)
+#pragma GCC unroll 4
+    for (size_t r = 0; r < R; r++) {
+      float* to = sums + (m * R + r) * kLanes;
+      store(to, load(to) + sum[m][r]);
+      sum[m][r] = fill(0);
+    }
+}
+
 template <class Dot, size_t M, size_t R>
 void tile(const Operand& operand, const Line* const* columns, size_t num_panels, size_t num_steps, const Line* ahead,
           float* sums) {
   const uint32_t* x = operand.words;
   const size_t stride = operand.stride;
-  typename Dot::Sum sum[M][R];
+  Lanes sum[M][R];
 #pragma GCC unroll 12
   for (size_t m = 0; m < M; m++)
 #pragma GCC unroll 4
-    for (size_t r = 0; r < R; r++) sum[m][r] = Dot::zero();
+    for (size_t r = 0; r < R; r++) sum[m][r] = fill(0);
+  for (size_t i = 0; Dot::kRun && i < M * R; i++) store(sums + i * kLanes, fill(0));
   for (size_t panel = 0; panel < num_panels; panel++, columns += R, x += num_steps) {
     const Line* column[R];
     for (size_t r = 0; r < R; r++) column[r] = columns[r];
     for (size_t step = 0; step < num_steps; step++) {
-      __m512i line[R];
-      _mm_prefetch(reinterpret_cast<const char*>(ahead + step), _MM_HINT_T1);
+      typename Dot::Cells line[R];
+      prefetch(ahead + step);
+      if constexpr (Dot::kRun != 0) {
+        if (step && step % Dot::kRun == 0) flush(sum, sums);
+      }
 #pragma GCC unroll 4
-      for (size_t r = 0; r < R; r++) line[r] = _mm512_load_si512(column[r] + step);
+      for (size_t r = 0; r < R; r++) line[r] = Dot::line(column[r][step]);
 #pragma GCC unroll 12
       for (size_t m = 0; m < M; m++) {
-        const __m512i word = _mm512_set1_epi32(static_cast<int>(x[m * stride + step]));
+        const typename Dot::Cells word = Dot::word(x[m * stride + step]);
 #pragma GCC unroll 4
-        for (size_t r = 0; r < R; r++) sum[m][r] = Dot::add(sum[m][r], line[r], word);
+        for (size_t r = 0; r < R; r++) sum[m][r] = multiply_add(line[r], word, sum[m][r]);
       }
     }
   }
+  if constexpr (Dot::kRun != 0) return flush(sum, sums);
 #pragma GCC unroll 12
   for (size_t m = 0; m < M; m++)
 #pragma GCC unroll 4
     for (size_t r = 0; r < R; r++) store(sums + (m * R + r) * kLanes, sum[m][r]);
 }
 
-// One group of int8 inputs: whole sums, which are scaled and added to `sums`.
-template <size_t M, size_t R>
-inline void add_group(const Operand& operand, size_t group, const Line* const* columns, const Line* ahead,
-                                 float* sums) {
-  const size_t first = group * kGroupSteps, stride = operand.stride, num_groups = operand.num_groups;
-  const uint32_t* x = operand.words + first;
-  const Line* column[R];
-  Int8::Sum sum[M][R];
-  for (size_t r = 0; r < R; r++) column[r] = columns[r] + first;
-#pragma GCC unroll 12
-  for (size_t m = 0; m < M; m++) {
-#pragma GCC unroll 4
-    for (size_t r = 0; r < R; r++) sum[m][r] = Int8::Sum{} + operand.offsets[m * num_groups + group];
+// The same for numbers in groups, always one panel: `add_group` adds one group's share to `sums`.
+template <class Dot, size_t M, size_t R>
+void tile_of_groups(const Operand& operand, const Line* const* columns, size_t, size_t, const Line* ahead, float* sums) {
+  for (size_t i = 0; i < M * R; i++) store(sums + i * kLanes, fill(0));
+  for (size_t group = 0; group < operand.num_groups; group++) {
+    Dot::template add_group<M, R>(operand, group, columns, ahead, sums);
   }
-#pragma GCC unroll 1
-  for (size_t step = 0; step < kGroupSteps; step++) {
-    __m512i line[R];
-    _mm_prefetch(reinterpret_cast<const char*>(ahead + first + step), _MM_HINT_T1);
-#pragma GCC unroll 4
-    for (size_t r = 0; r < R; r++) line[r] = _mm512_load_si512(column[r] + step);
-#pragma GCC unroll 12
-    for (size_t m = 0; m < M; m++) {
-      const __m512i word = _mm512_set1_epi32(static_cast<int>(x[m * stride + step]));
-#pragma GCC unroll 4
-      for (size_t r = 0; r < R; r++) sum[m][r] = Int8::add(sum[m][r], line[r], word);
-    }
-  }
-#pragma GCC unroll 12
-  for (size_t m = 0; m < M; m++) {
-    const Lanes scale = fill(operand.scales[m * num_groups + group]);
-#pragma GCC unroll 4
-    for (size_t r = 0; r < R; r++) {
-      float* to = sums + (m * R + r) * kLanes;
-      store(to, _mm512_fmadd_ps(_mm512_cvtepi32_ps(reinterpret_cast<__m512i>(sum[m][r])), scale, load(to)));
-    }
-  }
-}
-
-// The same as `tile` for int8, always one panel.
-template <size_t M, size_t R>
-void tile_of_groups(const Operand& operand, const Line* const* columns, size_t, size_t num_steps, const Line* ahead,
-                    float* sums) {
-  for (size_t i = 0; i < M * R; i++) store(sums + i * kLanes, _mm512_setzero_ps());
-  for (size_t group = 0; group * kGroupSteps < num_steps; group++) add_group<M, R>(operand, group, columns, ahead, sums);
 }
 
 namespace detail {
 
 template <class Dot, size_t R, size_t... Ms>
 constexpr std::array<TileFunction, sizeof...(Ms)> tiles_of(std::index_sequence<Ms...>) {
-  if constexpr (std::is_same_v<Dot, Int8>) return {tile_of_groups<Ms + 1, R>...};
+  if constexpr (Dot::kGroup) return {tile_of_groups<Dot, Ms + 1, R>...};
   else return {tile<Dot, Ms + 1, R>...};
 }
 
 template <class Dot, size_t R>
-constexpr auto kTiles = tiles_of<Dot, R>(std::make_index_sequence<max_rows(R)>{});
+constexpr auto kTiles = tiles_of<Dot, R>(std::make_index_sequence<Dot::max_rows(R)>{});
 
 }  // namespace detail
 
-// The tile for 1 <= num_rows <= max_rows(num_columns) and 1 <= num_columns <= kMaxColumns.
+// The tile for 1 <= num_rows <= Dot::max_rows(num_columns) and 1 <= num_columns <= kMaxColumns.
 template <class Dot>
 TileFunction tile_for(size_t num_rows, size_t num_columns) {
   switch (num_columns) {
