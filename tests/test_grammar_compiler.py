@@ -112,7 +112,7 @@ def alternatives(num_rules: int) -> Grammar:
     ("grammar", "cause"),
     [
         (chain(4_500), "it takes too much memory to compile"),
-        (alternatives(1_500), "it takes too much (time|memory) to compile"),
+        (alternatives(800), "it takes too much (time|memory) to compile"),
         (schema({"const": "x" * 60_000}), "it takes too much (time|memory)"),
     ],
     ids=["deep", "large", "slow"],
