@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,8 @@ from shard.sampler import SamplingParams
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
+
+_NOTHING: Final[Int64Array] = np.zeros(0, dtype=np.int64)
 
 
 class PlanError(Exception):
@@ -101,9 +104,13 @@ class Seats:
             raise PlanError("a row reaches past its block table")
         self._num_tokens[seats] = context_lens
 
-        row_of_token = np.repeat(np.arange(len(seats)), num_tokens)  # [T]
-        positions = np.arange(query_starts[-1]) - query_starts[row_of_token] + starts[row_of_token]
-        blocks = self._tables[seats[row_of_token], positions // self.block_size].astype(np.int64)
+        token_seats, positions = seats, starts  # [T]
+        one_each = bool((num_tokens == 1).all())  # as in most steps
+        if not one_each:
+            row_of_token = np.repeat(np.arange(len(seats)), num_tokens)
+            token_seats = seats[row_of_token]
+            positions = np.arange(query_starts[-1]) - query_starts[row_of_token] + starts[row_of_token]
+        blocks = self._tables[token_seats, positions // self.block_size].astype(np.int64)
         slots = blocks * self.block_size + positions % self.block_size
         max_blocks = int(-(-context_lens.max(initial=1) // self.block_size))
         batch = AttentionBatch.build(
@@ -114,13 +121,10 @@ class Seats:
             block_size=self.block_size,
             device=self.device,
         )
-        num_chosen = _num_chosen(plan)
-        emit_rows = np.repeat(np.arange(len(seats)), num_chosen)  # [E]
-        row_ends = np.repeat(np.cumsum(num_chosen), num_chosen)
-        num_before_end = row_ends - np.arange(len(emit_rows))  # [E] 1 at a row's end
+        emit_rows, num_before_end = _emit_places(plan)
         target_index, target_rows = _target_index(plan, query_starts)
         return ModelInputs(
-            input_ids=self._input_ids(plan, seats, query_starts),
+            input_ids=self._input_ids(plan, seats, query_starts, one_each),
             positions=torch.from_numpy(positions).to(self.device),
             batch=batch,
             emit_rows=emit_rows.tolist(),
@@ -145,8 +149,10 @@ class Seats:
                 self._append_blocks(seat, plan.new_blocks[start : start + count])
                 start += count
 
-    def _input_ids(self, plan: pb.StepPlan, seats: Int64Array, query_starts: Int64Array) -> Tensor:
+    def _input_ids(self, plan: pb.StepPlan, seats: Int64Array, query_starts: Int64Array, one_each: bool) -> Tensor:
         """[T] the literals, and the last sampled token of the rows that have none."""
+        if one_each and not plan.literals and not any(plan.row_num_literals):
+            return self.last_token[torch.from_numpy(seats).to(self.device)]
         num_literals = np.fromiter(plan.row_num_literals, dtype=np.int64, count=len(seats))
         num_tokens = np.diff(query_starts)
         fed = num_literals == 0
@@ -171,14 +177,21 @@ def num_drafts(plan: pb.StepPlan) -> Int64Array:
     return np.fromiter(plan.row_num_drafts, dtype=np.int64, count=len(plan.row_seat))
 
 
-def _num_chosen(plan: pb.StepPlan) -> Int64Array:
-    """[rows] how many tokens are chosen for each row. Raises `PlanError` for drafts that follow nothing."""
+def _emit_places(plan: pb.StepPlan) -> tuple[Int64Array, Int64Array | int]:
+    """[E] the row of each token to be chosen; how far before the row's end it is chosen, 1 behind its last token.
+
+    Raises `PlanError` for drafts that follow nothing.
+    """
     emit = np.fromiter(plan.row_emit, dtype=np.int64, count=len(plan.row_seat))
+    if not plan.row_num_drafts:
+        return emit.nonzero()[0], 1
     drafts = num_drafts(plan)
     num_literals = np.fromiter(plan.row_num_literals, dtype=np.int64, count=len(emit))
     if ((drafts > 0) & ((emit == 0) | (drafts >= num_literals))).any():
         raise PlanError("a row has drafts, but does not emit or has no token before them")
-    return emit * (1 + drafts)
+    num_chosen = emit * (1 + drafts)
+    rows = np.repeat(np.arange(len(emit)), num_chosen)
+    return rows, np.repeat(np.cumsum(num_chosen), num_chosen) - np.arange(len(rows))
 
 
 def _emit_drafts(plan: pb.StepPlan) -> list[int | None]:
@@ -194,6 +207,8 @@ def _emit_drafts(plan: pb.StepPlan) -> list[int | None]:
 
 def _target_index(plan: pb.StepPlan, query_starts: Int64Array) -> tuple[Int64Array, Int64Array]:
     """[S] where in the packed tokens each scored token lies, the leading tokens of its row; [S] that row."""
+    if not plan.targets:
+        return _NOTHING, _NOTHING
     counts = np.fromiter(plan.row_num_targets, dtype=np.int64, count=len(plan.row_num_targets))
     rows = np.repeat(np.arange(len(counts)), counts)
     starts = np.cumsum(counts) - counts
