@@ -126,7 +126,7 @@ class Config:
     )
     speculate: int = _option(
         0,
-        "tokens guessed ahead from earlier text and verified in one step, while few sequences run; changes no output",
+        "tokens guessed ahead from earlier text and verified in one step, while few sequences run",
         "Scheduling",
         env="SPECULATE",
         at_least=0,

@@ -254,7 +254,3 @@ def time_headers(choices: Sequence[Choice], usage: Usage) -> dict[str, str]:
 
 def _whole_ms(seconds: float) -> str:
     return str(int(seconds * 1e3))
-
-
-def with_usage(payload: Json, usage: Usage | None) -> Json:
-    return {**payload, "usage": None if usage is None else usage.to_json()}

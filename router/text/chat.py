@@ -27,6 +27,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from router.errors import StartupError, TemplateError
+from router.text.model_files import read_object
 
 MAX_SECONDS: Final = 2.0
 MAX_CHARS: Final = 10_000_000
@@ -75,8 +76,8 @@ class ChatTemplate:
     @classmethod
     def load(cls, directory: Path, *, workers: int = 1) -> ChatTemplate:
         """Whatever templates the folder has, maybe none. Raises `StartupError` for one that does not compile."""
-        config = _read_object(directory / "tokenizer_config.json")
-        named = {**_read_object(directory / "special_tokens_map.json"), **config}
+        config = read_object(directory / "tokenizer_config.json")
+        named = {**read_object(directory / "special_tokens_map.json"), **config}
         special_tokens = {name: text for name in SPECIAL_NAMES if (text := _content(named.get(name)))}
         try:
             return cls(_find_sources(directory, config), special_tokens, workers=workers)
@@ -268,7 +269,7 @@ def _cut_at_mark(prompt: str) -> str:
 def _find_sources(directory: Path, config: Json) -> dict[str, str]:
     """Templates by name; later formats beat the ones they replaced."""
     sources = _named(config.get("chat_template"))
-    sources |= _named(_read_object(directory / "chat_template.json").get("chat_template"))
+    sources |= _named(read_object(directory / "chat_template.json").get("chat_template"))
     lone = directory / "chat_template.jinja"
     if lone.is_file():
         sources = {DEFAULT: lone.read_text(encoding="utf-8")}
@@ -283,19 +284,6 @@ def _named(value: object) -> dict[str, str]:
         return {DEFAULT: value}
     entries = [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
     return {str(entry["name"]): str(entry["template"]) for entry in entries if entry.keys() >= {"name", "template"}}
-
-
-def _read_object(path: Path) -> Json:
-    """A JSON object, empty when there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise StartupError(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise StartupError(f"{path} is not a JSON object")
-    return value
 
 
 def _content(value: object) -> str | None:

@@ -26,6 +26,7 @@ from tokenizers import AddedToken, processors
 from tokenizers import Tokenizer as FastTokenizer
 
 from router.errors import StartupError, ValidationError
+from router.text.model_files import read_object
 
 LONG_TEXT_CHARS: Final = 4_000
 """Texts above this leave the event loop; encoding this many takes about a millisecond."""
@@ -81,9 +82,9 @@ class Tokenizer:
             fast = FastTokenizer.from_file(str(path))
         except Exception as error:  # the package raises nothing more specific
             raise StartupError(f"{path} cannot be read: {error}") from error
-        config = _read_object(directory / "tokenizer_config.json")
-        named = {**_read_object(directory / "special_tokens_map.json"), **config}
-        _add_configured_tokens(fast, config, _read_object(directory / "added_tokens.json"))
+        config = read_object(directory / "tokenizer_config.json")
+        named = {**read_object(directory / "special_tokens_map.json"), **config}
+        _add_configured_tokens(fast, config, read_object(directory / "added_tokens.json"))
         if config.get("tokenizer_class") in LLAMA_CLASSES:
             _surround_as_llama(fast, config)
         return cls(
@@ -218,19 +219,6 @@ def _marker_ids(fast: FastTokenizer) -> dict[str, int]:
     """What llguidance takes for markers: not only special tokens, but every added token in angle brackets."""
     added = [(token.content, token_id, token.special) for token_id, token in fast.get_added_tokens_decoder().items()]
     return {text: token_id for text, token_id, is_special in added if is_special or (text[:1] + text[-1:] == "<>")}
-
-
-def _read_object(path: Path) -> Json:
-    """A JSON object, empty when there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise StartupError(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise StartupError(f"{path} is not a JSON object")
-    return value
 
 
 def _add_configured_tokens(fast: FastTokenizer, config: Json, added: Json) -> None:
