@@ -189,3 +189,24 @@ def log_success(call: Call, generation: Generation, finish: Finish) -> None:
         generation.inference_s * 1e3,
         generation.inference_s * 1e3 / finish.num_generated,
     )
+
+
+def time_headers(
+    call: Call, *, queue_s: float, inference_s: float, num_prompt_tokens: int, num_generated: int
+) -> dict[str, str]:
+    """Seconds in x-compute-time, whole milliseconds in the others."""
+
+    def whole_ms(seconds: float) -> str:
+        return str(int(seconds * 1e3))
+
+    total_s = call.total_s
+    return {
+        "x-compute-time": str(total_s),
+        "x-total-time": whole_ms(total_s),
+        "x-validation-time": whole_ms(call.validation_s),
+        "x-queue-time": whole_ms(queue_s),
+        "x-inference-time": whole_ms(inference_s),
+        "x-time-per-token": whole_ms(inference_s / max(1, num_generated)),
+        "x-prompt-tokens": str(num_prompt_tokens),
+        "x-generated-tokens": str(num_generated),
+    }

@@ -34,7 +34,7 @@ from router.api.openai_run import (
     compute_headers,
     finish_reason,
     stream,
-    time_headers,
+    summed_time_headers,
 )
 from router.api.sse import unless_gone
 from router.engine import TokenEvent
@@ -262,7 +262,7 @@ async def _answer(
             events = await collect(choice)
             usage.num_completion += len(events)
             written.append(_write_whole(services, body, reading, choice, events))
-        headers = compute_headers(services, [wish]) | time_headers(choices, usage)
+        headers = compute_headers(services, [wish]) | summed_time_headers(choices, usage)
         return answer({**envelope.to_json(), "choices": written, "usage": usage.to_json()}, headers)
 
 

@@ -18,7 +18,7 @@ from typing import Final, Protocol
 from fastapi import Request, Response
 
 from router.api import render
-from router.api.admission import Call, Services, Wish, admitted_together, log_success
+from router.api.admission import Call, Services, Wish, admitted_together, log_success, time_headers
 from router.api.sse import EventStream, frame, unless_gone
 from router.config import VERSION
 from router.core.request import FinishReason
@@ -235,22 +235,12 @@ def compute_headers(services: Services, wishes: Sequence[Wish]) -> dict[str, str
     return {"x-compute-type": services.config.compute_type, "x-compute-characters": str(num_chars)}
 
 
-def time_headers(choices: Sequence[Choice], usage: Usage) -> dict[str, str]:
-    """As the native routes write them: whole milliseconds but for x-compute-time, sums over prompts or sequences."""
-    call = choices[0].call
-    queue_s = sum(choice.generation.queue_s for choice in choices)
-    inference_s = sum(choice.generation.inference_s for choice in choices)
-    return {
-        "x-compute-time": str(call.total_s),
-        "x-total-time": _whole_ms(call.total_s),
-        "x-validation-time": _whole_ms(call.validation_s),
-        "x-queue-time": _whole_ms(queue_s),
-        "x-inference-time": _whole_ms(inference_s),
-        "x-time-per-token": _whole_ms(inference_s / max(1, usage.num_completion)),
-        "x-prompt-tokens": str(usage.num_prompt),
-        "x-generated-tokens": str(usage.num_completion),
-    }
-
-
-def _whole_ms(seconds: float) -> str:
-    return str(int(seconds * 1e3))
+def summed_time_headers(choices: Sequence[Choice], usage: Usage) -> dict[str, str]:
+    """Sums over prompts or sequences."""
+    return time_headers(
+        choices[0].call,
+        queue_s=sum(choice.generation.queue_s for choice in choices),
+        inference_s=sum(choice.generation.inference_s for choice in choices),
+        num_prompt_tokens=usage.num_prompt,
+        num_generated=usage.num_completion,
+    )

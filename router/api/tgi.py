@@ -16,9 +16,9 @@ from typing import Final
 from fastapi import APIRouter, Request, Response
 
 from router.api import render
-from router.api.admission import Call, Services, Wish, admitted, log_success
+from router.api.admission import Services, Wish, admitted, log_success, time_headers
 from router.api.body import Parsed, fit_body, read_body, read_json
-from router.api.collect import collect
+from router.api.collect import Collected, collect
 from router.api.openapi import answers, streams, takes
 from router.api.replay import Endpoint, shared
 from router.api.schemas import (
@@ -29,7 +29,6 @@ from router.api.schemas import (
     TokenizePromptRequest,
 )
 from router.api.sse import EventStream, frame, unless_gone
-from router.engine import Finish, Generation
 from router.errors import IncompleteStream, RouterError
 from router.validate import Parameters, is_repeatable
 
@@ -149,7 +148,7 @@ async def _answer(services: Services, ask: _Ask, *, as_list: bool) -> Response:
     [done] = await collect(services, ask.request_id, [Wish(ask.inputs, ask.parameters)])
     details = ask.parameters.details or ask.parameters.decoder_input_details
     body = render.response(done.best, done.others, prefix=ask.prefix, details=details)
-    headers = _compute_headers(services, ask) | _time_headers(done.call, done.generation, done.best.finish)
+    headers = _compute_headers(services, ask) | _time_headers(done)
     return _json([body] if as_list else body, headers)
 
 
@@ -185,19 +184,12 @@ def _compute_headers(services: Services, ask: _Ask) -> dict[str, str]:
     return {"x-compute-type": services.config.compute_type, "x-compute-characters": str(len(ask.inputs))}
 
 
-def _time_headers(call: Call, generation: Generation, finish: Finish) -> dict[str, str]:
-    """Seconds in x-compute-time, whole milliseconds in the others."""
-    return {
-        "x-compute-time": str(call.total_s),
-        "x-total-time": _whole_ms(call.total_s),
-        "x-validation-time": _whole_ms(call.validation_s),
-        "x-queue-time": _whole_ms(generation.queue_s),
-        "x-inference-time": _whole_ms(generation.inference_s),
-        "x-time-per-token": _whole_ms(generation.inference_s / finish.num_generated),
-        "x-prompt-tokens": str(call.demand.input_length),
-        "x-generated-tokens": str(finish.num_generated),
-    }
-
-
-def _whole_ms(seconds: float) -> str:
-    return str(int(seconds * 1e3))
+def _time_headers(done: Collected) -> dict[str, str]:
+    generation = done.generation
+    return time_headers(
+        done.call,
+        queue_s=generation.queue_s,
+        inference_s=generation.inference_s,
+        num_prompt_tokens=done.call.demand.input_length,
+        num_generated=done.best.finish.num_generated,
+    )
