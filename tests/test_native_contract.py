@@ -212,8 +212,11 @@ class Prometheus:
         self._url = url
 
     def query(self, expression: str) -> list[float]:
-        """Values now. Raises when the expression does not parse."""
-        answer = httpx.get(f"{self._url}/api/v1/query", params={"query": expression}, timeout=PATIENCE_S).json()
+        """Values now. Raises AssertionError when the expression does not parse."""
+        response = httpx.get(f"{self._url}/api/v1/query", params={"query": expression}, timeout=PATIENCE_S)
+        if response.status_code == httpx.codes.SERVICE_UNAVAILABLE:
+            response.raise_for_status()  # it still starts, and says so in plain text
+        answer = response.json()
         assert answer["status"] == "success", answer
         return [float(series["value"][1]) for series in answer["data"]["result"]]
 
