@@ -28,6 +28,11 @@ struct Bytes {
   using Number = int8_t;
   static constexpr size_t kPerWord = 4;
 
+  // Twelve sums of a group and twelve totals have room in 32 registers, though GCC finds it for ten when columns are two.
+  // Three columns take the fewest loads for them.
+  static constexpr size_t max_rows(size_t num_columns) { return num_columns == 2 ? 5 : 12 / num_columns; }
+  static constexpr size_t max_columns(size_t num_rows) { return num_rows <= 3 ? kMaxColumns : 3; }
+
   // `num` floats as numbers under a scale, and the sum of the numbers. `from` yields 16 lanes at an index.
   template <class From>
   static void write_group(const From& from, size_t num, Number* to, float* scale, int32_t* total) {
@@ -49,10 +54,10 @@ struct Bytes {
 struct Int8 : Bytes {
   static constexpr size_t kGroup = 64;  // inputs
   static constexpr size_t kSteps = kGroup / kPerWord;
-  static constexpr size_t max_rows(size_t num_columns) { return shardstream::max_rows(num_columns); }
 
   template <size_t M, size_t R>
-  static void add_group(const Operand& operand, size_t group, const Line* const* columns, const Line* ahead, float* sums) {
+  [[gnu::always_inline]] static inline void add_group(const Operand& operand, size_t group, const Line* const* columns,
+                                                      const Line* ahead, Lanes (&total)[M][R]) {
     const size_t first = group * kSteps, stride = operand.stride, num_groups = operand.num_groups;
     const uint32_t* x = operand.words + first;
     const Line* column[R];
@@ -80,10 +85,7 @@ struct Int8 : Bytes {
     for (size_t m = 0; m < M; m++) {
       const Lanes scale = fill(operand.scales[m * num_groups + group]);
 #pragma GCC unroll 4
-      for (size_t r = 0; r < R; r++) {
-        float* to = sums + (m * R + r) * kLanes;
-        store(to, multiply_add(to_floats(sum[m][r]), scale, load(to)));
-      }
+      for (size_t r = 0; r < R; r++) total[m][r] = multiply_add(to_floats(sum[m][r]), scale, total[m][r]);
     }
   }
 };
@@ -93,10 +95,10 @@ struct Int8 : Bytes {
 struct Int4 : Bytes {
   static constexpr size_t kGroup = 32;  // inputs
   static constexpr size_t kLines = 1 + kGroup / 8;
-  static constexpr size_t max_rows(size_t num_columns) { return num_columns <= 2 ? 12 : num_columns == 3 ? 7 : 5; }
 
   template <size_t M, size_t R>
-  static void add_group(const Operand& operand, size_t group, const Line* const* columns, const Line* ahead, float* sums) {
+  [[gnu::always_inline]] static inline void add_group(const Operand& operand, size_t group, const Line* const* columns,
+                                                      const Line* ahead, Lanes (&total)[M][R]) {
     const size_t first = group * kLines, stride = operand.stride, num_groups = operand.num_groups;
     const uint32_t* x = operand.words + group * (kGroup / kPerWord);
     const __m512i lower = _mm512_set1_epi8(0x0f);
@@ -137,10 +139,9 @@ struct Int4 : Bytes {
       const Lanes step = _mm512_cvtph_ps(_mm256_load_si256(halves)), least = _mm512_cvtph_ps(_mm256_load_si256(halves + 1));
 #pragma GCC unroll 12
       for (size_t m = 0; m < M; m++) {
-        float* to = sums + (m * R + r) * kLanes;
-        const Lanes total = fill(static_cast<float>(operand.sums[m * num_groups + group]));
-        const Lanes share = multiply_add(least, total, to_floats(sum[m][r]) * step);
-        store(to, multiply_add(share, fill(operand.scales[m * num_groups + group]), load(to)));
+        const Lanes numbers = fill(static_cast<float>(operand.sums[m * num_groups + group]));
+        const Lanes share = multiply_add(least, numbers, to_floats(sum[m][r]) * step);
+        total[m][r] = multiply_add(share, fill(operand.scales[m * num_groups + group]), total[m][r]);
       }
     }
   }

@@ -63,9 +63,9 @@ inline Lanes finished(const float* sums, const Matrix& matrix, size_t block) {
   return lanes;
 }
 
-// Columns of one task: as many as possible while the tasks still divide evenly among the threads.
-inline size_t columns_per_task(size_t num_blocks, size_t unit, size_t num_threads) {
-  for (size_t columns = kMaxColumns; columns > unit; columns--) {
+// Columns of one task: as many as possible, up to `most`, while the tasks still divide evenly among the threads.
+inline size_t columns_per_task(size_t most, size_t num_blocks, size_t unit, size_t num_threads) {
+  for (size_t columns = most; columns > unit; columns--) {
     const size_t num_tasks = (num_blocks + columns - 1) / columns;
     if (columns % unit == 0 && (num_tasks % num_threads == 0 || num_tasks >= 16 * num_threads)) return columns;
   }
@@ -79,7 +79,7 @@ constexpr size_t kRowsBytes = 512 * 1024;
 // every other block.
 template <class Dot, size_t unit, class Write>
 void multiply(Threads& threads, const Matrix& matrix, const RowsBuffer<Dot>& rows, size_t num_rows, const Write& write) {
-  const size_t per_task = columns_per_task(matrix.num_blocks, unit, threads.count());
+  const size_t per_task = columns_per_task(Dot::max_columns(num_rows), matrix.num_blocks, unit, threads.count());
   const size_t num_parts = (matrix.num_blocks + per_task - 1) / per_task;
   const size_t num_chunks = 1 + num_rows * rows.width * sizeof(typename Dot::Number) / kRowsBytes;
   threads.each(num_chunks * num_parts, [&](size_t task) {

@@ -22,6 +22,10 @@ struct alignas(64) Line {
   uint32_t words[kLanes];
 };
 
+// Columns of 16 outputs that one tile takes; its rows are no more than Dot::max_rows(columns), so that all sums stay in
+// registers.
+constexpr size_t kMaxColumns = 4;
+
 // Sums of more than `kRun` steps are made of sums of so many, so that small products are not lost beside large sums: one
 // long float32 sum is four times as far from what transformers computes. bfloat16 has lost more before it comes here.
 struct Float32 {
@@ -31,6 +35,7 @@ struct Float32 {
   static constexpr size_t kRun = 128;
   static constexpr size_t kGroup = 0;  // numbers have no common scale
   static constexpr size_t max_rows(size_t num_columns) { return shardstream::max_rows(num_columns); }
+  static constexpr size_t max_columns(size_t) { return kMaxColumns; }
   static Cells line(const Line& line) { return load(reinterpret_cast<const float*>(&line)); }
   static Cells word(const uint32_t& word) { return fill(reinterpret_cast<const float&>(word)); }
 };
@@ -42,6 +47,7 @@ struct BFloat16 {
   static constexpr size_t kRun = 0;  // all steps are one run
   static constexpr size_t kGroup = 0;
   static constexpr size_t max_rows(size_t num_columns) { return shardstream::max_rows(num_columns); }
+  static constexpr size_t max_columns(size_t) { return kMaxColumns; }
   static Cells line(const Line& line) { return load_pairs(line.words); }
   static Cells word(const uint32_t& word) { return fill_pairs(word); }
 };
@@ -55,10 +61,6 @@ struct Operand {
   size_t num_groups = 0;
 };
 
-// Columns of 16 outputs that one tile takes; its rows are no more than Dot::max_rows(columns), so that all sums stay in
-// registers.
-constexpr size_t kMaxColumns = 4;
-
 // Sums of any tile.
 constexpr size_t kTileSums = 24 * kLanes;
 
@@ -68,7 +70,9 @@ constexpr size_t kTileSums = 24 * kLanes;
 using TileFunction = void (*)(const Operand& x, const Line* const* columns, size_t num_panels, size_t num_steps,
                               const Line* ahead, float* sums);
 
-inline void prefetch(const Line* line) { _mm_prefetch(reinterpret_cast<const char*>(line), _MM_HINT_T1); }
+// To the second cache. Not by the intrinsic: GCC takes a function that only prefetches for one that does nothing, and may
+// leave out calls of it.
+inline void prefetch(const Line* line) { asm volatile("prefetcht1 %0" : : "m"(*line)); }
 
 // Adds the registers to `sums` and clears them.
 template <size_t M, size_t R>
@@ -120,13 +124,23 @@ void tile(const Operand& operand, const Line* const* columns, size_t num_panels,
     for (size_t r = 0; r < R; r++) store(sums + (m * R + r) * kLanes, sum[m][r]);
 }
 
-// The same for numbers in groups, always one panel: `add_group` adds one group's share to `sums`.
+// The same for numbers in groups, always one panel: `add_group` adds one group's share to the totals, which stay in
+// registers beside the sums of the group.
 template <class Dot, size_t M, size_t R>
 void tile_of_groups(const Operand& operand, const Line* const* columns, size_t, size_t, const Line* ahead, float* sums) {
-  for (size_t i = 0; i < M * R; i++) store(sums + i * kLanes, fill(0));
+  Lanes total[M][R];
+#pragma GCC unroll 12
+  for (size_t m = 0; m < M; m++)
+#pragma GCC unroll 4
+    for (size_t r = 0; r < R; r++) total[m][r] = fill(0);
+#pragma GCC unroll 1
   for (size_t group = 0; group < operand.num_groups; group++) {
-    Dot::template add_group<M, R>(operand, group, columns, ahead, sums);
+    Dot::template add_group<M, R>(operand, group, columns, ahead, total);
   }
+#pragma GCC unroll 12
+  for (size_t m = 0; m < M; m++)
+#pragma GCC unroll 4
+    for (size_t r = 0; r < R; r++) store(sums + (m * R + r) * kLanes, total[m][r]);
 }
 
 namespace detail {
