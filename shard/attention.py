@@ -17,7 +17,7 @@ many heads as reach it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -30,6 +30,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from shard.errors import LoadError
+from shard.kernels import ops
+from shard.kernels.native import MAX_HEAD_WIDTH, PLACES, Options, StepRows
+from shard.kernels.packing import LANES
 from shard.kv_cache import KVCache, LayerShape
 
 NAME: Final = "shardstream"
@@ -43,6 +46,9 @@ MAX_EXPLICIT_QUERIES: Final = 128
 
 MAX_PADDING: Final = 1.5
 """Rows share a decode group while the longest has at most this many times the blocks of the shortest."""
+
+MAX_SCORES_ALONE: Final = 8192
+"""Up to so many, one thread attends sooner than two: between torch's operations it takes 0.1 ms to wake the second."""
 
 # Arguments model code passes along that cannot change what attention computes.
 _HARMLESS: Final = frozenset(
@@ -66,6 +72,10 @@ class AttentionOptions:
     def explicit(self) -> bool:
         """Whether the scores must be held, because no fused kernel knows the option."""
         return self.softcap is not None or self.sinks is not None
+
+    def native(self) -> Options:
+        sinks = None if self.sinks is None else self.sinks.float().contiguous()
+        return Options(self.scaling, self.window, self.softcap, sinks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,13 +116,15 @@ class _Row:
 
 @dataclass(frozen=True, slots=True)
 class AttentionBatch:
-    """One step as attention sees it: R rows, T tokens. Made anew for every step, on every rank the same."""
+    """One step as attention sees it: R rows, T tokens; on every rank the same."""
 
     slots: Tensor  # [T] int64
     query_starts: list[int]  # [R + 1] rows' ranges in the packed tokens
     context_lens: list[int]  # [R] tokens of each row's sequence, this step's included
     block_tables: Tensor  # [R, max_blocks] int64, padded with 0
     block_size: int
+    native_rows: StepRows | None = field(default=None, repr=False)
+    """`step_rows`, if its owner keeps them with the tensors."""
     _work: dict[tuple[int | None, torch.dtype, bool], StepWork] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -145,6 +157,26 @@ class AttentionBatch:
     def rows(self) -> list[_Row]:
         spans = zip(pairwise(self.query_starts), self.context_lens, strict=True)
         return [_Row(index, start, stop, context) for index, ((start, stop), context) in enumerate(spans)]
+
+    def num_scores(self) -> int:
+        """Pairs of a token and a place it may look at, at most."""
+        return sum((row.stop - row.start) * row.context for row in self.rows())
+
+    def step_rows(self) -> StepRows:
+        """The same for native operations."""
+        if self.native_rows is not None:
+            return self.native_rows
+        return StepRows(
+            slots=self.slots.contiguous(),
+            starts=torch.tensor(self.query_starts, dtype=torch.int64),
+            contexts=torch.tensor(self.context_lens, dtype=torch.int64),
+            tables=self.block_tables.contiguous(),
+        )
+
+    def move_on(self, context_lens: Sequence[int]) -> None:
+        """Makes of it a later step with the same rows. The tensors' owner has moved these on in their place."""
+        self.context_lens[:] = context_lens
+        self._work.clear()
 
 
 class _Layout:
@@ -299,6 +331,29 @@ class PagedAttention:
             enable_gqa=query.shape[0] != keys.shape[1],
         )
         return output[0].transpose(0, 1)
+
+
+class NativeAttention:
+    """The same in one native call a layer. It lays out blocks in its own way: an epoch has one kind of attention."""
+
+    def __init__(self, batch: AttentionBatch, cache: KVCache, num_threads: int) -> None:
+        self._rows = batch.step_rows()
+        self._memory = cache.tensors
+        self._num_threads = num_threads if batch.num_scores() > MAX_SCORES_ALONE else 1
+
+    @staticmethod
+    def suits(layers: Iterable[LayerShape], block_size: int, dtype: torch.dtype) -> bool:
+        """Whether the native operation knows such blocks, heads and numbers."""
+        return (
+            block_size == PLACES
+            and dtype in (torch.float32, torch.bfloat16)
+            and all(
+                layer.key_dim == layer.value_dim <= MAX_HEAD_WIDTH and layer.key_dim % LANES == 0 for layer in layers
+            )
+        )
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
+        return ops.attention(query, key, value, self._memory[layer], self._rows, options.native(), self._num_threads)
 
 
 def _explicit(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, options: AttentionOptions) -> Tensor:

@@ -1,7 +1,8 @@
 """A model on one rank: transformers' own code over our weights, our attention and our KV memory.
 
     load_model    config.json → modules on the meta device → this rank's weights → joined with the other ranks
-                  → probed (what reaches attention?) → self-tested → fused where the CPU can → tested again → ready
+                  → probed (what reaches attention?) → self-tested → fused where the CPU can, or else given native
+                  attention → tested again → ready
     Model.hidden  the backbone on one packed step: [1, T] tokens, positions restarting at every row
     Model.logits  the rest of the causal model on chosen rows, so that each family's own scaling and capping applies
 
@@ -25,7 +26,16 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from shard.attention import NAME, Attend, AttentionBatch, PagedAttention, ShapeProbe, attending, install
+from shard.attention import (
+    NAME,
+    Attend,
+    AttentionBatch,
+    NativeAttention,
+    PagedAttention,
+    ShapeProbe,
+    attending,
+    install,
+)
 from shard.distributed import RankGroup
 from shard.errors import LoadError
 from shard.families import JsonObject, JsonValue, plan_for, served_config
@@ -119,6 +129,7 @@ class Model:
         self._cache: KVCache | None = None
         self._backbone = causal.base_model
         self._fused: FusedDecoder | None = None
+        self._attends_natively = False
         self._packed_head: PackedHead | None = None
         """All that is between hidden states and logits, if it is no more than that."""
         self._head = causal
@@ -143,7 +154,12 @@ class Model:
         assert self._cache is not None, "a step before KV memory was allocated"
         if self._fused is not None:
             return self._fused.hidden(input_ids, positions, batch, self._cache)
-        return _run(self._backbone, input_ids, positions, PagedAttention(batch, self._cache))
+        return _run(self._backbone, input_ids, positions, self._attend(batch, self._cache))
+
+    def _attend(self, batch: AttentionBatch, cache: KVCache) -> Attend:
+        if self._attends_natively:
+            return NativeAttention(batch, cache, torch.get_num_threads())
+        return PagedAttention(batch, cache)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -214,6 +230,8 @@ def load_model(
         if quantize is not None:
             raise LoadError(f"quantised weights need fused layers: {reason}") from reason
         log.info("layers are not fused: %s", reason)
+        if use_native:
+            _attend_natively(model, expected)
     return model
 
 
@@ -429,6 +447,20 @@ def _fuse(model: Model, probe: ShapeProbe, expected: _Expected, kind: Kind | Non
     model._packed_head = head if torch.equal(head(hidden), model.logits(hidden)) else None
     release_layers(model._backbone)
     log.info("layers are fused (%s): they differ from the modules by %.1e", kind.name.lower(), distance)
+
+
+def _attend_natively(model: Model, expected: _Expected) -> None:
+    """Lets the modules attend by the native operation if that does the same on the loaded weights."""
+    suits = NativeAttention.suits(model._layers, model.block_size, model.dtype)
+    if model.device.type != "cpu" or native.library() is None or not suits:
+        return
+    model._attends_natively = True
+    distance = expected.distance(_paged_hidden(model, expected.input_ids, expected.positions))
+    if distance <= _MAX_DISTANCE[model.dtype]:
+        log.info("attention is native: it differs from dense by %.1e", distance)
+    else:
+        model._attends_natively = False
+        log.warning("attention is not native: it differs from dense by %.2g", distance)
 
 
 def _paged_hidden(model: Model, input_ids: Tensor, positions: Tensor) -> Tensor:

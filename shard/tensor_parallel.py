@@ -213,21 +213,21 @@ class _VocabularyEmbedding:
         return self._group.all_reduce(output.masked_fill(self._elsewhere[..., None], 0))
 
 
-class _WideNorm(nn.Module):
+class WideNorm(nn.Module):
     """RMS norm over a width that is spread over the ranks, of which this one holds `weight`."""
 
     def __init__(self, weight: nn.Parameter, width: int, eps: float, group: RankGroup) -> None:
         super().__init__()
         self.weight = weight
-        self._width = width
-        self._eps = eps
+        self.width = width
+        self.eps = eps
         self._group = group
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., this rank's width]"""
         exact = hidden.float()
         squares = self._group.all_reduce(exact.square().sum(dim=-1, keepdim=True))
-        return (self.weight * (exact * torch.rsqrt(squares / self._width + self._eps))).to(hidden.dtype)
+        return (self.weight * (exact * torch.rsqrt(squares / self.width + self.eps))).to(hidden.dtype)
 
 
 def _widen(model: nn.Module, path: str, group: RankGroup) -> None:
@@ -237,7 +237,7 @@ def _widen(model: nn.Module, path: str, group: RankGroup) -> None:
     assert isinstance(weight, nn.Parameter), path
     assert isinstance(eps, float), path
     width = torch.tensor(float(weight.numel()), device=weight.device)
-    setattr(model.get_submodule(parent), leaf, _WideNorm(weight, int(group.all_reduce(width)), eps, group))
+    setattr(model.get_submodule(parent), leaf, WideNorm(weight, int(group.all_reduce(width)), eps, group))
 
 
 def _localise(attention: nn.Module, sharding: Sharding) -> None:

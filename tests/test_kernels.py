@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import time
 from collections.abc import Sequence
 from functools import cache
@@ -17,6 +18,7 @@ from shard.kernels import build
 from shard.kernels.build import AVX2, AVX512, BuildError, Variant, best_variant
 from shard.kernels.native import (
     Library,
+    Options,
     StepRows,
     Threads,
     attention,
@@ -238,14 +240,13 @@ class Memory:
                 table[index] = blocks.pop()
         self.fed = [0] * len(lengths)
 
-    def step(self, counts: Sequence[int], window: int | None, team: Threads) -> list[Tensor]:
+    def step(self, counts: Sequence[int], options: Options, team: Threads) -> list[Tensor]:
         """Feeds so many tokens of every sequence, none of some; what each row attended to."""
         rows = [row for row, count in enumerate(counts) if count]
         spans = [torch.arange(self.fed[row], self.fed[row] + counts[row]) for row in rows]
         for row in rows:
             self.fed[row] += counts[row]
         step = StepRows(
-            positions=torch.cat(spans),
             slots=torch.cat(
                 [self.tables[row][span // 16] * 16 + span % 16 for row, span in zip(rows, spans, strict=True)]
             ),
@@ -257,63 +258,99 @@ class Memory:
             torch.cat([self.sequences[row][part][span] for row, span in zip(rows, spans, strict=True)])
             for part in range(3)
         )
-        out = attention(
-            query, key, value, self.tensors, step, window=window, scaling=query.shape[2] ** -0.5, threads=team
-        )
+        dtype = self.tensors[0].dtype
+        out = attention(query.to(dtype), key.to(dtype), value.to(dtype), self.tensors, step, options, team).float()
         return list(out.split([len(span) for span in spans]))
 
 
-def attended(query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:
+def attended(query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
     """[T, heads, width] each: every token attends to those before it, all at once."""
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
-    scores = torch.einsum("qhd,khd->hqk", query, key) * query.shape[2] ** -0.5
+    scores = torch.einsum("qhd,khd->hqk", query, key) * options.scaling
+    if options.softcap is not None:
+        scores = options.softcap * torch.tanh(scores / options.softcap)
     places = torch.arange(len(key))
     seen = places[None] <= places[:, None]
-    if window is not None:
-        seen &= places[None] > places[:, None] - window
-    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -math.inf).softmax(dim=-1), value)
+    if options.window is not None:
+        seen &= places[None] > places[:, None] - options.window
+    scores = scores.masked_fill(~seen, -math.inf)
+    sinks = torch.full((len(scores),), -math.inf) if options.sinks is None else options.sinks
+    weights = torch.cat([scores, sinks[:, None, None].expand(-1, len(query), 1)], dim=-1).softmax(dim=-1)[..., :-1]
+    return torch.einsum("hqk,khd->qhd", weights, value)
+
+
+def options_called(name: str, heads: tuple[int, int, int]) -> Options:
+    """`name` is a window, or one of the other ways to attend."""
+    scaling, sinks = heads[2] ** -0.5, torch.linspace(-3, 3, heads[0])
+    if name == "softcap":
+        return Options(2 * scaling, softcap=1.5)
+    if name == "sinks":
+        return Options(scaling, sinks=sinks)
+    if name == "all":
+        return Options(2 * scaling, window=40, softcap=1.5, sinks=sinks)
+    return Options(scaling, window=int(name) or None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "heads", [(9, 3, 64), (4, 4, 80), (7, 1, 96), (8, 2, 128), (2, 1, 256), (6, 3, 16), (32, 1, 32)], ids=str
 )
-@pytest.mark.parametrize("window", [None, 7, 40])
-def test_attention_equals_dense(
-    dtype: torch.dtype, heads: tuple[int, int, int], window: int | None, team: Threads
-) -> None:
-    memory = Memory(heads, [37, 1, 90, 16], dtype)
+@pytest.mark.parametrize("name", ["0", "7", "40", "softcap", "sinks", "all"])
+def test_attention_equals_dense(dtype: torch.dtype, heads: tuple[int, int, int], name: str, team: Threads) -> None:
+    memory, options = Memory(heads, [37, 1, 90, 16], dtype), options_called(name, heads)
 
     steps = [(5, 1, 30, 0), (1, 0, 31, 16), (30, 0, 1, 0), (1, 0, 28, 0)]
-    parts = [memory.step(counts, window, team) for counts in steps]
+    parts = [memory.step(counts, options, team) for counts in steps]
 
     for row, sequence in enumerate(memory.sequences):
         rows = [[r for r, count in enumerate(counts) if count] for counts in steps]
         actual = torch.cat([part[kept.index(row)] for part, kept in zip(parts, rows, strict=True) if row in kept])
-        assert distance(actual, attended(*sequence, window)) < (1e-6 if dtype == torch.float32 else 8e-3)
+        assert distance(actual, attended(*sequence, options)) < (1e-6 if dtype == torch.float32 else 8e-3)
 
 
-@pytest.mark.parametrize("window", [None, 300])
-def test_long_contexts_are_attended_to_in_segments(window: int | None, team: Threads) -> None:
-    memory = Memory((6, 2, 64), [700, 280], torch.float32)
+@pytest.mark.parametrize("name", ["0", "300", "softcap", "sinks", "all"])
+def test_long_contexts_are_attended_to_in_segments(name: str, team: Threads) -> None:
+    memory, options = Memory((6, 2, 64), [700, 280], torch.float32), options_called(name, (6, 2, 64))
 
     steps = [(600, 255), (98, 0), (1, 25), (1, 0)]
-    parts = [memory.step(counts, window, team) for counts in steps]
+    parts = [memory.step(counts, options, team) for counts in steps]
 
     for row, sequence in enumerate(memory.sequences):
         actual = torch.cat([part[row] for part, counts in zip(parts, steps, strict=True) if counts[row]])
-        assert distance(actual, attended(*sequence, window)) < 1e-6
+        assert distance(actual, attended(*sequence, options)) < 1e-6
 
 
-def test_a_row_attends_the_same_whoever_is_beside_it_and_however_it_was_fed(team: Threads) -> None:
+@pytest.mark.parametrize("sink", [-1e4, 1e4])
+def test_a_sink_far_from_all_scores_takes_nothing_or_all(sink: float, team: Threads) -> None:
+    memory = Memory((2, 1, 16), [600], torch.float32)
+
+    (actual,) = memory.step([600], Options(0.25, sinks=torch.full((2,), sink)), team)
+
+    expected = attended(*memory.sequences[0], Options(0.25)) * (sink < 0)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_scores_beyond_any_soft_cap_are_at_it() -> None:
+    memory = Memory((1, 1, 16), [2], torch.float32)
+    query, key, _ = memory.sequences[0]
+    query[:], key[0], key[1] = 1, 1e6, -1e6
+
+    _, actual = memory.step([2], Options(1, softcap=2.0), threads(1))[0]
+
+    assert distance(actual, attended(*memory.sequences[0], Options(1, softcap=2.0))[1]) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["0", "softcap", "sinks"])
+def test_a_row_attends_the_same_whoever_is_beside_it_and_however_it_was_fed(name: str, team: Threads) -> None:
     alone, among, at_once = (Memory((6, 2, 64), [600, 300, 20], torch.bfloat16) for _ in range(3))
+    options = options_called(name, (6, 2, 64))
     for memory in (alone, among):
-        memory.step((599, 299, 19), None, team)
+        memory.step((599, 299, 19), options, team)
 
-    (by_itself,) = alone.step((1, 0, 0), None, team)
-    in_company = among.step((1, 1, 1), None, Threads(team.native, 1))[0]
-    as_prompt = at_once.step((600, 0, 0), None, team)[0][-1:]
+    (by_itself,) = alone.step((1, 0, 0), options, team)
+    in_company = among.step((1, 1, 1), options, Threads(team.native, 1))[0]
+    as_prompt = at_once.step((600, 0, 0), options, team)[0][-1:]
 
     assert torch.equal(by_itself, in_company)
     assert torch.equal(by_itself, as_prompt)
@@ -324,20 +361,22 @@ def test_what_is_not_finite_does_not_reach_the_next_owner_of_a_block() -> None:
     for part in memory.sequences[0][1:]:
         part[3:] = math.nan
         part[4] = math.inf
-    memory.step([16], None, threads(1))
+    memory.step([16], Options(0.25), threads(1))
 
     memory.fed[0] = 0
     for part in memory.sequences[0]:
         part.nan_to_num_(0.5, posinf=0.5)
-    (actual,) = memory.step([2], None, threads(1))
+    (actual,) = memory.step([2], Options(0.25), threads(1))
 
     query, key, value = (part[:2] for part in memory.sequences[0])
-    assert distance(actual, attended(query, key, value, None)) < 8e-3
+    assert distance(actual, attended(query, key, value, Options(0.25))) < 8e-3
 
 
 @pytest.fixture
 def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A library of one function, and an empty cache at `tmp_path / "cache"`."""
+    if shutil.which(build._compiler()) is None:
+        pytest.skip("needs a compiler, and the operations were built elsewhere")
     folder = tmp_path / "cpu"
     folder.mkdir()
     (folder / "library.cpp").write_text('extern "C" int answer() { return 42; }')

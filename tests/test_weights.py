@@ -31,7 +31,10 @@ def one_thread() -> None:
 
 
 def load(directory: Path, on_progress: Callable[[int, int], None] = lambda done, total: None) -> Model:
-    return load_model(directory, dtype=torch.float32, device=CPU, group=RankGroup(), on_progress=on_progress)
+    """With its modules, whose weights are looked at here."""
+    return load_model(
+        directory, dtype=torch.float32, device=CPU, group=RankGroup(), on_progress=on_progress, use_native=False
+    )
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import ctypes
 import logging
 import weakref
 from collections.abc import Sequence
-from ctypes import POINTER, Array, Structure, byref, c_char_p, c_double, c_float, c_int, c_int64, c_uint64, c_void_p
+from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_float, c_int, c_int64, c_uint64, c_void_p
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
@@ -35,10 +35,11 @@ LOGITS_BLOCK: Final = 64
 
 
 class Activation(IntEnum):
-    """Of the gate in an MLP; the values are the library's."""
+    """Of the gate in an MLP, or of all it has; the values are the library's."""
 
     SILU = 0
     GELU_TANH = 1
+    RELU2 = 2
 
 
 class PeerError(RuntimeError):
@@ -63,32 +64,56 @@ class Rotation:
 
 
 @dataclass(frozen=True, slots=True)
+class Options:
+    """How a layer attends, as `shard.attention.AttentionOptions` has it."""
+
+    scaling: float
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None  # [heads] float32
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """What a norm multiplies by and adds."""
+
+    weight: Tensor  # [width] float32
+    bias: Tensor | None = None  # [width] float32
+
+
+@dataclass(frozen=True, slots=True)
 class DecoderLayer:
-    """Weights of norms are float32, None where the layer has none."""
+    """Norms are None where the layer has none; those of queries and keys have no bias."""
 
     query_key_value: PackedMatrix
     output: PackedMatrix
-    gate_up: PackedMatrix
+    gate_up: PackedMatrix  # as by `pack_gated`, or ups alone
     down: PackedMatrix
-    before_attention: Tensor | None
-    after_attention: Tensor | None
-    before_mlp: Tensor | None
-    after_mlp: Tensor | None
+    before_attention: Norm | None
+    after_attention: Norm | None
+    before_mlp: Norm | None
+    after_mlp: Norm | None
     of_query: Tensor | None
     of_key: Tensor | None
     rotation: int | None
-    window: int | None
-    scaling: float
+    options: Options
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderModel:
     layers: Sequence[DecoderLayer]
     rotations: Sequence[Rotation]
-    last_norm: Tensor
+    last_norm: Norm
     heads: Heads
+    all_heads_widths: tuple[int, int] | None
+    """Of all ranks' queries and of their keys, where these are normed over all heads together."""
     kind: Kind
     activation: Activation
+    has_gates: bool
+    is_centered: bool
+    """Norms take the mean away first."""
+    is_parallel: bool
+    """The MLP gets what attention gets, not what comes of it."""
     epsilon: float
     residual_factor: float
     embedding_factor: float
@@ -98,7 +123,6 @@ class DecoderModel:
 class StepRows:
     """Where a step's tokens stand. All int64 and contiguous."""
 
-    positions: Tensor  # [T]
     slots: Tensor  # [T]
     starts: Tensor  # [R + 1] rows' ranges in the tokens
     contexts: Tensor  # [R] tokens of each row's sequence, this step's included
@@ -123,21 +147,33 @@ class _Rotation(Structure):
     _fields_: ClassVar = [("frequencies", c_void_p), ("num", c_uint64), ("factor", c_float), ("unused", c_float)]
 
 
+class _Norm(Structure):
+    _fields_: ClassVar = [("weight", c_void_p), ("bias", c_void_p)]
+
+
+class _Options(Structure):
+    _fields_: ClassVar = [
+        ("scaling", c_double),
+        ("softcap", c_double),
+        ("window", c_uint64),
+        ("sinks", c_void_p),
+    ]
+
+
 class _Layer(Structure):
     _fields_: ClassVar = [
         ("query_key_value", _Matrix),
         ("output", _Matrix),
         ("gate_up", _Matrix),
         ("down", _Matrix),
-        ("before_attention", c_void_p),
-        ("after_attention", c_void_p),
-        ("before_mlp", c_void_p),
-        ("after_mlp", c_void_p),
+        ("before_attention", _Norm),
+        ("after_attention", _Norm),
+        ("before_mlp", _Norm),
+        ("after_mlp", _Norm),
         ("of_query", c_void_p),
         ("of_key", c_void_p),
         ("rotation", c_int64),
-        ("window", c_int64),
-        ("scaling", c_double),
+        ("options", _Options),
     ]
 
 
@@ -147,11 +183,16 @@ class _Model(Structure):
         ("layers", POINTER(_Layer)),
         ("rotations", POINTER(_Rotation)),
         ("num_rotations", c_uint64),
-        ("last_norm", c_void_p),
+        ("last_norm", _Norm),
         ("width", c_uint64),
         ("heads", _Heads),
+        ("all_queries_width", c_uint64),
+        ("all_keys_width", c_uint64),
         ("inner_width", c_uint64),
         ("activation", c_int64),
+        ("has_gates", c_int64),
+        ("is_centered", c_int64),
+        ("is_parallel", c_int64),
         ("epsilon", c_double),
         ("residual_factor", c_double),
         ("embedding_factor", c_double),
@@ -171,8 +212,18 @@ class _Step(Structure):
     ]
 
 
-class Memory(Structure):
-    _fields_: ClassVar = [("keys", c_void_p), ("values", c_void_p)]
+class _Rules(Structure):
+    _fields_: ClassVar = [
+        ("temperatures", c_void_p),
+        ("seeds", c_void_p),
+        ("positions", c_void_p),
+        ("forbidden", c_void_p),
+        ("num_forbidden", c_uint64),
+    ]
+
+
+class _Choice(Structure):
+    _fields_: ClassVar = [("tokens", c_void_p), ("logprobs", c_void_p), ("faults", c_void_p)]
 
 
 class Library:
@@ -193,7 +244,7 @@ class Library:
         self.end_decoder = functions.shardstream_end_decoder
         self.end_decoder.argtypes, self.end_decoder.restype = [c_void_p], None
         self.decode = functions.shardstream_decode
-        self.decode.argtypes, self.decode.restype = [c_void_p, POINTER(_Step), POINTER(Memory), c_void_p], c_int
+        self.decode.argtypes, self.decode.restype = [c_void_p, POINTER(_Step), c_void_p, c_void_p], c_int
         self.linear = functions.shardstream_linear
         self.linear.argtypes = [
             *(c_void_p, c_int64, POINTER(_Matrix), c_void_p, c_int64),
@@ -202,8 +253,8 @@ class Library:
         self.linear.restype = None
         self.attention = functions.shardstream_attention
         self.attention.argtypes = [
-            *(c_void_p, c_int64, POINTER(Memory), POINTER(_Heads), POINTER(_Step)),
-            *(c_uint64, c_double, c_void_p, c_void_p, c_void_p, c_void_p),
+            *(c_void_p, c_int64, c_void_p, POINTER(_Heads), POINTER(_Step)),
+            *(POINTER(_Options), c_void_p, c_void_p, c_void_p, c_void_p),
         ]
         self.attention.restype = None
         self.block_maxima = functions.shardstream_block_maxima
@@ -212,6 +263,9 @@ class Library:
         self.log_sums = functions.shardstream_log_sums
         self.log_sums.argtypes = [c_void_p, c_void_p, c_uint64, c_uint64, c_void_p, c_void_p]
         self.log_sums.restype = None
+        self.choose = functions.shardstream_choose
+        self.choose.argtypes = [c_void_p, c_void_p, c_uint64, c_uint64, POINTER(_Rules), POINTER(_Choice)]
+        self.choose.restype = None
         self.peers = functions.shardstream_peers
         self.peers.argtypes, self.peers.restype = [c_char_p, c_uint64, c_uint64, c_uint64, c_double], c_void_p
         self.leave_peers = functions.shardstream_leave_peers
@@ -298,35 +352,45 @@ class Decoder:
         self._threads = threads
         self._layers = (_Layer * len(model.layers))(*map(_layer, model.layers))
         self._rotations = (_Rotation * len(model.rotations))(*map(_rotation, model.rotations))
+        all_queries_width, all_keys_width = model.all_heads_widths or (0, 0)
         struct = _Model(
             num_layers=len(model.layers),
             layers=self._layers,
             rotations=self._rotations,
             num_rotations=len(model.rotations),
-            last_norm=model.last_norm.data_ptr(),
-            width=model.last_norm.numel(),
+            last_norm=_norm(model.last_norm),
+            width=model.last_norm.weight.numel(),
             heads=_heads(model.heads),
+            all_queries_width=all_queries_width,
+            all_keys_width=all_keys_width,
             inner_width=model.layers[0].down.width,
             activation=model.activation,
+            has_gates=model.has_gates,
+            is_centered=model.is_centered,
+            is_parallel=model.is_parallel,
             epsilon=model.epsilon,
             residual_factor=model.residual_factor,
             embedding_factor=model.embedding_factor,
         )
-        self._address: int = self._native.decoder(
+        self.address: int = self._native.decoder(
             byref(struct), model.kind, threads.address, None if peers is None else peers.address
         )
-        weakref.finalize(self, self._native.end_decoder, self._address)
-
-    def run(self, hidden: Tensor, rows: StepRows, memory: Array[Memory]) -> None:
-        """Embeddings [T, width] become the last layer's normed hidden states, in place. Raises `PeerError`."""
-        assert hidden.is_contiguous(), hidden.stride()
-        step = _step(rows)
-        check(self._native.decode(self._address, byref(step), memory, hidden.data_ptr()))
+        weakref.finalize(self, self._native.end_decoder, self.address)
 
 
-def memory_of(layers: Sequence[tuple[Tensor, Tensor]]) -> Array[Memory]:
-    """Every layer's keys and values, as `Decoder.run` wants them; whoever calls keeps the tensors alive."""
-    return (Memory * len(layers))(*(Memory(keys.data_ptr(), values.data_ptr()) for keys, values in layers))
+def decode(native: Library, decoder: int, hidden: Tensor, positions: Tensor, rows: StepRows, memory: Tensor) -> None:
+    """Embeddings [T, width] become the last layer's normed hidden states, in place.
+
+    `decoder` is a living one's address, `positions` [T] int64, `memory` as by `memory_of`. Raises `PeerError`.
+    """
+    assert hidden.is_contiguous(), hidden.stride()
+    step = _step(rows, positions)
+    check(native.decode(decoder, byref(step), memory.data_ptr(), hidden.data_ptr()))
+
+
+def memory_of(layers: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """[layers, 2] int64: where every layer's keys and values begin; whoever calls keeps the tensors alive."""
+    return torch.tensor([[keys.data_ptr(), values.data_ptr()] for keys, values in layers])
 
 
 def linear(x: Tensor, matrix: PackedMatrix, threads: Threads) -> Tensor:
@@ -350,23 +414,23 @@ def attention(
     value: Tensor,
     memory: tuple[Tensor, Tensor],
     rows: StepRows,
-    *,
-    window: int | None,
-    scaling: float,
+    options: Options,
     threads: Threads,
 ) -> Tensor:
     """Remembers a layer's keys and values and attends to what the rows' tables name.
 
-    `query` [T, heads, width], `key` and `value` [T, kv_heads, width], all float32 -> [T, heads, width] float32. The
-    memory's number type, float32 or bfloat16, is the one that is multiplied in.
+    `query` [T, heads, width], `key` and `value` [T, kv_heads, width] -> [T, heads, width], all of the memory's type,
+    float32 or bfloat16.
     """
+    assert query.dtype == key.dtype == value.dtype == memory[0].dtype, (query.dtype, memory[0].dtype)
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     out = torch.empty_like(query)
     heads = _Heads(query.shape[1], key.shape[1], query.shape[2])
     kind = Kind.BFLOAT16 if memory[0].dtype == torch.bfloat16 else Kind.FLOAT32
-    step = _step(rows)
+    step, addresses = _step(rows), (c_void_p * 2)(memory[0].data_ptr(), memory[1].data_ptr())
     threads.native.attention(
-        *(threads.address, kind, memory_of([memory]), byref(heads), byref(step), window or 0, scaling),
+        *(threads.address, kind, addresses),
+        *(byref(heads), byref(step), byref(_options(options))),
         *(query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr()),
     )
     return out
@@ -388,11 +452,42 @@ def log_sums(rows: Tensor, threads: Threads) -> tuple[Tensor, Tensor]:
     return peaks, sums
 
 
-def _step(rows: StepRows) -> _Step:
+class ChoiceRules:
+    """How a token is chosen in each of some rows: the largest logit, or drawn from the whole vocabulary."""
+
+    def __init__(self, temperatures: Sequence[float], seeds: Sequence[int]) -> None:
+        """A temperature of 0 takes the largest logit; `seeds`, 64 bits each, are those of the rows that draw."""
+        self._temperatures = torch.tensor(temperatures, dtype=torch.float32)
+        self._seeds = torch.tensor([seed - (seed >> 63 << 64) for seed in seeds], dtype=torch.int64)
+        self._any_draws = bool(self._temperatures.any())
+
+    def choose(
+        self, logits: Tensor, positions: Sequence[int], forbidden: Sequence[tuple[int, int]], threads: Threads
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """[R, V] contiguous float32 -> tokens [R] int64, their log-softmax [R] float32, faults [R] bool.
+
+        `positions` [R] are those of the tokens in their sequences, `forbidden` rows and tokens in the order of rows. A
+        fault is a NaN or the lack of a finite maximum; what else there is of such a row means nothing. Where all is
+        forbidden nothing is.
+        """
+        num_rows, width = logits.shape
+        tokens = torch.empty(num_rows, dtype=torch.int64)
+        logprobs, faults = torch.empty(num_rows), torch.empty(num_rows, dtype=torch.bool)
+        at = torch.tensor(positions, dtype=torch.int64) if self._any_draws else None
+        pairs = torch.tensor(forbidden, dtype=torch.int64) if forbidden else None
+        rules = _Rules(
+            self._temperatures.data_ptr(), self._seeds.data_ptr(), _address(at), _address(pairs), len(forbidden)
+        )
+        choice = _Choice(tokens.data_ptr(), logprobs.data_ptr(), faults.data_ptr())
+        threads.native.choose(threads.address, logits.data_ptr(), num_rows, width, byref(rules), byref(choice))
+        return tokens, logprobs, faults
+
+
+def _step(rows: StepRows, positions: Tensor | None = None) -> _Step:
     return _Step(
-        num_tokens=len(rows.positions),
+        num_tokens=len(rows.slots),
         num_rows=len(rows.contexts),
-        positions=rows.positions.data_ptr(),
+        positions=_address(positions),
         slots=rows.slots.data_ptr(),
         starts=rows.starts.data_ptr(),
         contexts=rows.contexts.data_ptr(),
@@ -425,15 +520,27 @@ def _layer(layer: DecoderLayer) -> _Layer:
         output=_matrix(layer.output),
         gate_up=_matrix(layer.gate_up),
         down=_matrix(layer.down),
-        before_attention=_address(layer.before_attention),
-        after_attention=_address(layer.after_attention),
-        before_mlp=_address(layer.before_mlp),
-        after_mlp=_address(layer.after_mlp),
+        before_attention=_norm(layer.before_attention),
+        after_attention=_norm(layer.after_attention),
+        before_mlp=_norm(layer.before_mlp),
+        after_mlp=_norm(layer.after_mlp),
         of_query=_address(layer.of_query),
         of_key=_address(layer.of_key),
         rotation=-1 if layer.rotation is None else layer.rotation,
-        window=layer.window or 0,
-        scaling=layer.scaling,
+        options=_options(layer.options),
+    )
+
+
+def _norm(norm: Norm | None) -> _Norm:
+    return _Norm() if norm is None else _Norm(_address(norm.weight), _address(norm.bias))
+
+
+def _options(options: Options) -> _Options:
+    return _Options(
+        scaling=options.scaling,
+        softcap=options.softcap or 0,
+        window=options.window or 0,
+        sinks=_address(options.sinks),
     )
 
 

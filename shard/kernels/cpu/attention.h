@@ -35,11 +35,19 @@ constexpr size_t lines_per_head(size_t width) {
   return width / Dot::kPerWord;
 }
 
+// How a layer attends.
+struct Options {
+  double scaling;      // of queries
+  double softcap;      // scores are squeezed to within plus and minus this; 0 for no limit
+  uint64_t window;     // places a query sees, its own included; 0 for all before it
+  const float* sinks;  // [query heads] a logit each that takes part in the softmax and adds nothing; null for none
+};
+
 // One step as attention sees it: rows of packed tokens.
 struct Step {
   uint64_t num_tokens;
   uint64_t num_rows;
-  const int64_t* positions;  // [num_tokens]
+  const int64_t* positions;  // [num_tokens]; null where nobody asks
   const int64_t* slots;      // [num_tokens]
   const int64_t* starts;     // [num_rows + 1] each row's first token
   const int64_t* contexts;   // [num_rows] tokens of its sequence, this step's included
@@ -55,6 +63,9 @@ struct Queries {
   size_t count;  // tokens
   size_t num_segments;
   size_t first_partial;  // of its results in `Shares::partials`
+
+  // Of one of its rows [token, group].
+  size_t query_head(size_t row, const Heads& heads) const { return head * heads.group() + row % heads.group(); }
 };
 
 // What queries found in segments of their keys, still to be joined.
@@ -81,8 +92,8 @@ struct Shares {
 
 // Stores a head's key and value at a slot. A key that is not finite does no harm to the next owner of the block, because
 // scores of places that are not seen are masked; a value would, because it is multiplied by zero.
-template <class Dot>
-void remember(const Memory& memory, const Heads& heads, size_t head, size_t slot, const float* key, const float* value) {
+template <class Dot, class Number>
+void remember(const Memory& memory, const Heads& heads, size_t head, size_t slot, const Number* key, const Number* value) {
   const size_t lines = lines_per_head<Dot>(heads.width);
   const size_t first = (slot / kPlaces * heads.key_value + head) * lines;
   const size_t place = slot % kPlaces;
@@ -101,6 +112,11 @@ void remember(const Memory& memory, const Heads& heads, size_t head, size_t slot
       store(reinterpret_cast<float*>(line), lanes);
     }
   }
+}
+
+inline void squeeze(float* scores, size_t num, float softcap) {
+  const Lanes most = fill(softcap), inverse = fill(1.f / softcap);
+  for (size_t i = 0; i < num; i += kLanes) store(scores + i, most * hyperbolic_tangent(load(scores + i) * inverse));
 }
 
 // `num` scores, of which those from `seen_from` to `seen_to` count, become weights of that mass.
@@ -123,14 +139,21 @@ Mass soften(float* scores, size_t num, size_t seen_from, size_t seen_to) {
   return {peak, sum_of(sum)};
 }
 
+// What a query's weights are divided by.
+inline float total_of(Mass mass, const Options& options, size_t query_head) {
+  return options.sinks ? mass.sum + std::exp(options.sinks[query_head] - mass.peak) : mass.sum;
+}
+
 // `queries` are words [KV head][token][group][width], already scaled. For rows [part's tokens, group] calls
-// write(row, index, lanes) and weigh(row, mass) with what they find in one segment of the keys.
-template <class Dot, class Write, class Weigh>
-void attend(const Memory& memory, const Heads& heads, const Step& step, size_t window, const typename Dot::Number* queries,
-            const Queries& part, size_t segment, const Write& write, const Weigh& weigh) {
+// write(row, index, lanes) with what they find in one segment of the keys, divided by what total(row, mass) returned.
+template <class Dot, class Write, class Total>
+void attend(const Memory& memory, const Heads& heads, const Step& step, const Options& options,
+            const typename Dot::Number* queries, const Queries& part, size_t segment, const Write& write,
+            const Total& total) {
   thread_local std::vector<float> scratch;
   thread_local std::vector<const Line*> columns;
   const size_t group = heads.group(), num_rows = part.count * group, lines = lines_per_head<Dot>(heads.width);
+  const size_t window = options.window;
   const size_t row_context = step.contexts[part.row], row_start = step.starts[part.row];
   const size_t row_begin = row_context - (step.starts[part.row + 1] - row_start);  // position of the row's first token
   const size_t first_position = row_begin + part.token - row_start;
@@ -170,10 +193,12 @@ void attend(const Memory& memory, const Heads& heads, const Step& step, size_t w
   for (size_t row = 0; row < num_rows; row++) {
     const size_t end = first_position + row / group + 1, first_place = first_block * kPlaces;
     const auto from_here = [&](size_t place) { return std::min(num_places, std::max(place, first_place) - first_place); };
-    const Mass mass = soften<typename Dot::Number>(&scratch[row * num_places], num_places,
+    float* scores = &scratch[row * num_places];
+    if (options.softcap > 0) squeeze(scores, num_places, static_cast<float>(options.softcap));
+    const Mass mass = soften<typename Dot::Number>(scores, num_places,
                                                    from_here(window && end > window ? end - window : 0), from_here(end));
-    inverses[row] = mass.sum > 0 ? 1.f / mass.sum : 0;
-    weigh(row, mass);
+    const float divisor = total(row, mass);
+    inverses[row] = divisor > 0 ? 1.f / divisor : 0;
   }
 
   // Weights times values, four times 16 of the head's width at a time.
@@ -199,7 +224,7 @@ void attend(const Memory& memory, const Heads& heads, const Step& step, size_t w
 
 // Joins what a part's rows found in its segments, and calls put(row, index, lanes).
 template <class Put>
-void join(Partials& partials, const Queries& part, const Heads& heads, const Put& put) {
+void join(Partials& partials, const Queries& part, const Heads& heads, const Options& options, const Put& put) {
   const size_t num_rows = part.count * heads.group();
   for (size_t row = 0; row < num_rows; row++) {
     const auto at = [&](size_t segment) { return part.first_partial + segment * num_rows + row; };
@@ -210,6 +235,7 @@ void join(Partials& partials, const Queries& part, const Heads& heads, const Put
       mass = {peak, mass.sum * std::exp(mass.peak - peak)};
       total += mass.sum;
     }
+    total = total_of({peak, total}, options, part.query_head(row, heads));
     for (size_t i = 0; i < heads.width; i += kLanes) {
       Lanes sum = fill(0);
       for (size_t s = 0; s < part.num_segments; s++) {
@@ -225,40 +251,44 @@ void join(Partials& partials, const Queries& part, const Heads& heads, const Put
 // A row's result does not depend on who shares the step with it: the same segments, which begin at fixed places, are
 // joined in the same order whether one thread takes all of a part or several do.
 template <class Dot, class Put>
-void attend_all(Threads& threads, const Memory& memory, const Heads& heads, const Step& step, size_t window,
+void attend_all(Threads& threads, const Memory& memory, const Heads& heads, const Step& step, const Options& options,
                 const typename Dot::Number* queries, Shares& shares, const Put& put) {
   const size_t group = heads.group();
   const auto put_rows_of = [&](const Queries& part) {
     return [&, part](size_t row, size_t i, Lanes lanes) {
-      put(part.token + row / group, part.head * group + row % group, i, lanes);
+      put(part.token + row / group, part.query_head(row, heads), i, lanes);
     };
   };
   const auto attend_segment = [&](const Queries& part, size_t segment, Partials& to) {
     const size_t first = part.first_partial + segment * part.count * group;
     attend<Dot>(
-        memory, heads, step, window, queries, part, segment,
+        memory, heads, step, options, queries, part, segment,
         [&](size_t row, size_t i, Lanes lanes) { store(&to.numbers[(first + row) * heads.width + i], lanes); },
-        [&](size_t row, Mass mass) { to.masses[first + row] = mass; });
+        [&](size_t row, Mass mass) {
+          to.masses[first + row] = mass;
+          return mass.sum;
+        });
   };
   if (!shares.segments.empty()) {
     threads.each(shares.segments.size(), [&](size_t index) {
       const Shares::Segment segment = shares.segments[index];
       attend_segment(shares.parts[segment.part], segment.index, shares.partials);
     });
-    for (const Queries& part : shares.parts) join(shares.partials, part, heads, put_rows_of(part));
+    for (const Queries& part : shares.parts) join(shares.partials, part, heads, options, put_rows_of(part));
     return;
   }
   threads.each(shares.parts.size(), [&](size_t index) {
     Queries part = shares.parts[index];
     if (part.num_segments == 1) {
-      attend<Dot>(memory, heads, step, window, queries, part, 0, put_rows_of(part), [](size_t, Mass) {});
+      attend<Dot>(memory, heads, step, options, queries, part, 0, put_rows_of(part),
+                  [&](size_t row, Mass mass) { return total_of(mass, options, part.query_head(row, heads)); });
       return;
     }
     thread_local Partials partials;
     part.first_partial = 0;
     partials.resize(part.num_segments * part.count * group, heads.width);
     for (size_t s = 0; s < part.num_segments; s++) attend_segment(part, s, partials);
-    join(partials, part, heads, put_rows_of(part));
+    join(partials, part, heads, options, put_rows_of(part));
   });
 }
 

@@ -14,7 +14,24 @@
 
 namespace shardstream {
 
-enum Activation : int64_t { kSilu = 0, kGeluTanh = 1 };
+enum Activation : int64_t { kSilu = 0, kGeluTanh = 1, kRelu2 = 2 };
+
+inline Lanes activated(Activation activation, Lanes x) {
+  switch (activation) {
+    case kSilu: return silu(x);
+    case kGeluTanh: return gelu_tanh(x);
+    default: {
+      const Lanes positive = max(fill(0), x);  // in this order a NaN stays one
+      return positive * positive;
+    }
+  }
+}
+
+// What a norm multiplies by and adds.
+struct Norm {
+  const float* weight;  // [width]; null where there is no norm
+  const float* bias;    // [width] or null
+};
 
 struct Rotation {
   const float* frequencies;  // [num]: the first 2 * num numbers of a head are rotated
@@ -26,18 +43,16 @@ struct Rotation {
 struct Layer {
   Matrix query_key_value;
   Matrix output;
-  Matrix gate_up;  // blocks of 16 gates and 16 ups take turns
+  Matrix gate_up;  // blocks of 16 gates and 16 ups take turns; ups alone where there are no gates
   Matrix down;
-  // Weights of RMS norms as float32; null where the layer has none.
-  const float* before_attention;  // [width]
-  const float* after_attention;   // [width]
-  const float* before_mlp;        // [width]
-  const float* after_mlp;         // [width]
-  const float* of_query;          // [head width]
-  const float* of_key;            // [head width]
+  Norm before_attention;
+  Norm after_attention;
+  Norm before_mlp;
+  Norm after_mlp;
+  const float* of_query;  // [head width], or [query heads, head width] where heads are normed together, or null
+  const float* of_key;    // [head width], or [KV heads, head width], or null
   int64_t rotation;               // index; -1 for none
-  int64_t window;                 // places a query sees; 0 for all
-  double scaling;
+  Options options;
 };
 
 struct Model {
@@ -45,11 +60,17 @@ struct Model {
   const Layer* layers;
   const Rotation* rotations;
   uint64_t num_rotations;
-  const float* last_norm;  // [width]
-  uint64_t width;
+  Norm last_norm;
+  uint64_t width;          // a multiple of 16
   Heads heads;
+  // Of the heads of all ranks, where norms of queries and keys are over all of them together; 0 where over each alone.
+  uint64_t all_queries_width;
+  uint64_t all_keys_width;
   uint64_t inner_width;  // of the MLP, padded
-  int64_t activation;
+  Activation activation;
+  int64_t has_gates;
+  int64_t is_centered;  // norms take the mean away first
+  int64_t is_parallel;  // the MLP gets what attention gets, not what comes of it
   double epsilon;
   double residual_factor;
   double embedding_factor;
@@ -95,7 +116,7 @@ class Decoder {
     }
     each_token(step.num_tokens, [&](size_t token) {
       Outer* to = hidden + token * model_.width;
-      norm(stream_ + token * model_.width, model_.width, model_.last_norm, [&](size_t i, Lanes lanes) { store(to + i, lanes); });
+      norm(stream_ + token * model_.width, model_.last_norm, [&](size_t i, Lanes lanes) { store(to + i, lanes); });
     });
     return kNone;
   }
@@ -103,12 +124,19 @@ class Decoder {
  private:
   static constexpr bool kQuantized = Dot::kGroup != 0;
 
+  // Inputs of a matrix, with those that are zero to fill the last group.
+  static size_t padded(size_t width) {
+    const size_t unit = kQuantized ? Dot::kGroup : kLanes;
+    return (width + unit - 1) / unit * unit;
+  }
+
   void begin(const Step& step, const Outer* hidden) {
     const size_t num = step.num_tokens, width = model_.width, heads_width = model_.heads.query * model_.heads.width;
-    const size_t widest = std::max({width, heads_width, static_cast<size_t>(model_.inner_width)});
+    const size_t widest = padded(std::max({width, heads_width, static_cast<size_t>(model_.inner_width)}));
     stream_ = stream_memory_.of(num * width);
     projected_ = projected_memory_.of(num * (heads_width + 2 * model_.heads.key_value * model_.heads.width));
     added_ = added_memory_.of(num * width);
+    before_mlp_ = model_.is_parallel ? before_memory_.of(num * width) : stream_;
     queries_ = queries_memory_.of(num * heads_width);
     operand_ = operand_memory_.of(num * widest);
     if constexpr (kQuantized) {
@@ -149,21 +177,55 @@ class Decoder {
   void attention(const Layer& layer, const Memory& memory, const Step& step) {
     const Heads& heads = model_.heads;
     const size_t num = step.num_tokens, projected_width = (heads.query + 2 * heads.key_value) * heads.width;
-    const RowsBuffer<Dot> normed{operand_, model_.width, scales_, sums_};
-    norm_rows(layer.before_attention, normed, num);
+    const RowsBuffer<Dot> normed{operand_, padded(model_.width), scales_, sums_};
+    norm_rows(stream_, layer.before_attention, normed, num);
     multiply<Dot, 1>(threads_, layer.query_key_value, normed, num, [&](size_t row, size_t block, Lanes lanes) {
       store(projected_ + row * projected_width + block * kLanes, lanes);
     });
+    if (model_.all_queries_width) norm_all_heads(layer, num);
+    if (fault_) return;
     each_token(num, [&](size_t token) { place(layer, memory, step, token); });
 
-    const RowsBuffer<Dot> attended{operand_, heads.query * heads.width, scales_, sums_};
-    attend_all<Attend>(threads_, memory, heads, step, layer.window, queries_, shares_,
+    const size_t attended_width = heads.query * heads.width;
+    const RowsBuffer<Dot> attended{operand_, padded(attended_width), scales_, sums_};
+    attend_all<Attend>(threads_, memory, heads, step, layer.options, queries_, shares_,
                        [&](size_t token, size_t head, size_t i, Lanes lanes) {
-                         const size_t at = token * attended.width + head * heads.width + i;
+                         const size_t at = token * attended_width + head * heads.width + i;
                          if constexpr (kQuantized) store(exact_ + at, lanes);
                          else store(operand_ + at, lanes);
                        });
-    project(layer.output, attended, layer.after_attention, num);
+    if (model_.is_parallel) {
+      const size_t width = model_.width;
+      each_token(num, [&](size_t token) {
+        memcpy(before_mlp_ + token * width, stream_ + token * width, width * sizeof(float));
+      });
+    }
+    project(layer.output, attended, attended_width, layer.after_attention, num);
+  }
+
+  // Norms a token's queries over all heads of all ranks, and its keys likewise.
+  void norm_all_heads(const Layer& layer, size_t num) {
+    const size_t queries_width = model_.heads.query * model_.heads.width;
+    const size_t keys_width = model_.heads.key_value * model_.heads.width, stride = queries_width + 2 * keys_width;
+    float* squares = squares_memory_.of(2 * num);
+    each_token(num, [&](size_t token) {
+      const float* queries = projected_ + token * stride;
+      squares[2 * token] = squares_of(queries, queries_width);
+      squares[2 * token + 1] = squares_of(queries + queries_width, keys_width);
+    });
+    if (peers_ && (fault_ = peers_->sum(squares, 2 * num))) return;
+    each_token(num, [&](size_t token) {
+      float* queries = projected_ + token * stride;
+      float* keys = queries + queries_width;
+      const Lanes query_scale = norm_scale(squares[2 * token], model_.all_queries_width);
+      const Lanes key_scale = norm_scale(squares[2 * token + 1], model_.all_keys_width);
+      for (size_t i = 0; i < queries_width; i += kLanes) {
+        store(queries + i, load(layer.of_query + i) * (load(queries + i) * query_scale));
+      }
+      for (size_t i = 0; i < keys_width; i += kLanes) {
+        store(keys + i, load(layer.of_key + i) * (load(keys + i) * key_scale));
+      }
+    });
   }
 
   // One token's queries, normed, rotated and scaled; its keys and values into memory.
@@ -171,7 +233,7 @@ class Decoder {
     const Heads& heads = model_.heads;
     const size_t group = heads.group();
     float* head = projected_ + token * (heads.query + 2 * heads.key_value) * heads.width;
-    const Lanes scaling = fill(static_cast<float>(layer.scaling));
+    const Lanes scaling = fill(static_cast<float>(layer.options.scaling));
     for (size_t h = 0; h < heads.query; h++, head += heads.width) {
       turn(layer, layer.of_query, token, head);
       Outer* to = queries_ + ((h / group * step.num_tokens + token) * group + h % group) * heads.width;
@@ -184,7 +246,11 @@ class Decoder {
   }
 
   void turn(const Layer& layer, const float* weight, size_t token, float* head) {
-    if (weight) norm(head, model_.heads.width, weight, [&](size_t i, Lanes lanes) { store(head + i, lanes); });
+    const size_t width = model_.heads.width;
+    if (weight && !model_.all_queries_width) {
+      const Lanes scale = norm_scale(squares_of(head, width), width);
+      for (size_t i = 0; i < width; i += kLanes) store(head + i, load(weight + i) * (load(head + i) * scale));
+    }
     if (layer.rotation < 0) return;
     const size_t num = model_.rotations[layer.rotation].num;
     const float* cosines = angles_[layer.rotation] + 2 * num * token;
@@ -199,30 +265,41 @@ class Decoder {
   }
 
   void mlp(const Layer& layer, size_t num) {
-    const RowsBuffer<Dot> normed{operand_, model_.width, scales_, sums_};
-    norm_rows(layer.before_mlp, normed, num);
+    const RowsBuffer<Dot> normed{operand_, padded(model_.width), scales_, sums_};
+    norm_rows(before_mlp_, layer.before_mlp, normed, num);
     // Activations go where no thread still reads its operand.
     auto* activated_numbers = activated_memory_.of(num * model_.inner_width);
-    multiply<Dot, 2>(threads_, layer.gate_up, normed, num, [&](size_t row, size_t block, Lanes gate, Lanes up) {
-      const Lanes open = model_.activation == kSilu ? silu(gate) : gelu_tanh(gate);
-      const size_t at = row * model_.inner_width + block / 2 * kLanes;
-      if constexpr (kQuantized) store(exact_ + at, open * up);
-      else store(activated_numbers + at, open * up);
-    });
-    project(layer.down, {activated_numbers, model_.inner_width, scales_, sums_}, layer.after_mlp, num);
+    const auto put = [&](size_t row, size_t block, Lanes lanes) {
+      const size_t at = row * model_.inner_width + block * kLanes;
+      if constexpr (kQuantized) store(exact_ + at, lanes);
+      else store(activated_numbers + at, lanes);
+    };
+    if (model_.has_gates) {
+      multiply<Dot, 2>(threads_, layer.gate_up, normed, num, [&](size_t row, size_t block, Lanes gate, Lanes up) {
+        put(row, block / 2, activated(model_.activation, gate) * up);
+      });
+    } else {
+      multiply<Dot, 1>(threads_, layer.gate_up, normed, num, [&](size_t row, size_t block, Lanes up) {
+        put(row, block, activated(model_.activation, up));
+      });
+    }
+    const RowsBuffer<Dot> activated{activated_numbers, model_.inner_width, scales_, sums_};
+    project(layer.down, activated, model_.inner_width, layer.after_mlp, num);
   }
 
-  // Multiplies and adds to the stream, over all ranks and through a norm where the layer has one.
-  void project(const Matrix& matrix, const RowsBuffer<Dot>& operand, const float* norm_weight, size_t num) {
+  // Multiplies and adds to the stream, over all ranks and through a norm where the layer has one. What is quantised
+  // before has `operand_width` numbers.
+  void project(const Matrix& matrix, const RowsBuffer<Dot>& operand, size_t operand_width, const Norm& after,
+               size_t num) {
     if constexpr (kQuantized) {
       each_token(num, [&](size_t token) {
-        const float* from = exact_ + token * operand.width;
-        operand.write(token, [&](size_t i) { return load(from + i); });
+        const float* from = exact_ + token * operand_width;
+        write_padded(operand, token, operand_width, [&](size_t i) { return load(from + i); });
       });
     }
     const size_t width = model_.width;
     const Lanes factor = fill(static_cast<float>(model_.residual_factor));
-    if (!peers_ && !norm_weight) {
+    if (!peers_ && !after.weight) {
       multiply<Dot, 1>(threads_, matrix, operand, num, [&](size_t row, size_t block, Lanes lanes) {
         float* to = stream_ + row * width + block * kLanes;
         store(to, multiply_add(lanes, factor, load(to)));
@@ -236,30 +313,75 @@ class Decoder {
     each_token(num, [&](size_t token) {
       float* row = added_ + token * width;
       float* to = stream_ + token * width;
-      if (norm_weight) norm(row, width, norm_weight, [&](size_t i, Lanes lanes) { store(row + i, lanes); });
+      if (after.weight) norm(row, after, [&](size_t i, Lanes lanes) { store(row + i, lanes); });
       for (size_t i = 0; i < width; i += kLanes) store(to + i, multiply_add(load(row + i), factor, load(to + i)));
     });
   }
 
-  void norm_rows(const float* weight, const RowsBuffer<Dot>& to, size_t num) {
+  void norm_rows(const float* from, const Norm& by, const RowsBuffer<Dot>& to, size_t num) {
     each_token(num, [&](size_t token) {
-      const float* row = stream_ + token * model_.width;
-      if (!weight) return to.write(token, [&](size_t i) { return load(row + i); });
-      const Lanes scale = norm_scale(row, model_.width);
-      to.write(token, [&](size_t i) { return load(weight + i) * (load(row + i) * scale); });
+      const float* row = from + token * model_.width;
+      const auto write = [&](const auto& lanes_at) { write_padded(to, token, model_.width, lanes_at); };
+      if (by.weight) normed(row, by, write);
+      else write([&](size_t i) { return load(row + i); });
     });
   }
 
-  Lanes norm_scale(const float* row, size_t width) const {
-    Lanes squares = fill(0);
-    for (size_t i = 0; i < width; i += kLanes) squares = multiply_add(load(row + i), load(row + i), squares);
-    return fill(1.f / std::sqrt(sum_of(squares) / static_cast<float>(width) + static_cast<float>(model_.epsilon)));
+  // Writes a row of `width` numbers, and zeros after them.
+  template <class LanesAt>
+  static void write_padded(const RowsBuffer<Dot>& to, size_t token, size_t width, const LanesAt& lanes_at) {
+    if (to.width == width) to.write(token, lanes_at);
+    else to.write(token, [&](size_t i) { return i < width ? lanes_at(i) : fill(0); });
+  }
+
+  // Calls use(f), where f(index) gives 16 lanes of the normed row [width].
+  template <class Use>
+  void normed(const float* row, const Norm& by, const Use& use) const {
+    const size_t width = model_.width;
+    if (!model_.is_centered && !by.bias) {
+      const Lanes scale = norm_scale(squares_of(row, width), width);
+      use([&](size_t i) { return load(by.weight + i) * (load(row + i) * scale); });
+      return;
+    }
+    const Lanes mean = model_.is_centered ? mean_of(row, width) : fill(0);
+    const Lanes scale = norm_scale(squares_around(mean, row, width), width);
+    use([&](size_t i) {
+      const Lanes lanes = load(by.weight + i) * ((load(row + i) - mean) * scale);
+      return by.bias ? lanes + load(by.bias + i) : lanes;
+    });
   }
 
   template <class Write>
-  void norm(const float* row, size_t width, const float* weight, const Write& write) const {
-    const Lanes scale = norm_scale(row, width);
-    for (size_t i = 0; i < width; i += kLanes) write(i, load(weight + i) * (load(row + i) * scale));
+  void norm(const float* row, const Norm& by, const Write& write) const {
+    normed(row, by, [&](const auto& lanes_at) {
+      for (size_t i = 0; i < model_.width; i += kLanes) write(i, lanes_at(i));
+    });
+  }
+
+  static Lanes mean_of(const float* row, size_t width) {
+    Lanes sum = fill(0);
+    for (size_t i = 0; i < width; i += kLanes) sum = sum + load(row + i);
+    return fill(sum_of(sum) / static_cast<float>(width));
+  }
+
+  static float squares_of(const float* row, size_t width) {
+    Lanes squares = fill(0);
+    for (size_t i = 0; i < width; i += kLanes) squares = multiply_add(load(row + i), load(row + i), squares);
+    return sum_of(squares);
+  }
+
+  static float squares_around(Lanes mean, const float* row, size_t width) {
+    Lanes squares = fill(0);
+    for (size_t i = 0; i < width; i += kLanes) {
+      const Lanes distance = load(row + i) - mean;
+      squares = multiply_add(distance, distance, squares);
+    }
+    return sum_of(squares);
+  }
+
+  // What numbers of such squares are multiplied by, so that their mean square becomes one.
+  Lanes norm_scale(float squares, size_t width) const {
+    return fill(1.f / std::sqrt(squares / static_cast<float>(width) + static_cast<float>(model_.epsilon)));
   }
 
   // A few tokens are done sooner than another thread could be told of them.
@@ -277,11 +399,13 @@ class Decoder {
   int fault_ = kNone;
   Shares shares_;
   std::vector<float*> angles_;
-  Scratch<float> stream_memory_, projected_memory_, added_memory_, scales_memory_, angles_memory_, exact_memory_;
+  Scratch<float> stream_memory_, projected_memory_, added_memory_, scales_memory_, angles_memory_, exact_memory_, squares_memory_,
+      before_memory_;
   Scratch<int32_t> sums_memory_;
   Scratch<Outer> queries_memory_;
   Scratch<typename Dot::Number> operand_memory_, activated_memory_;
   float* stream_ = nullptr;     // [num_tokens, width]
+  float* before_mlp_ = nullptr;  // [num_tokens, width] what the MLP gets, the stream or what that was before attention
   float* projected_ = nullptr;  // [num_tokens, query, key and value heads]
   float* added_ = nullptr;      // [num_tokens, width]
   float* scales_ = nullptr;     // [num_tokens, groups]

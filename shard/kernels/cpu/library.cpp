@@ -1,7 +1,7 @@
 // What `shard.kernels.native` calls. Plain functions over plain memory: no Python, no torch.
 
+#include "choice.h"
 #include "decoder.h"
-#include "logits.h"
 
 using namespace shardstream;
 
@@ -42,25 +42,33 @@ void linear(Threads& threads, const Matrix& matrix, const Number* x, size_t num_
   });
 }
 
-template <class Dot>
-void attention(Threads& threads, const Memory& memory, const Heads& heads, const Step& step, size_t window, double scaling,
-               const float* query, const float* key, const float* value, float* out) {
-  const size_t group = heads.group();
-  std::vector<typename Dot::Number> queries(step.num_tokens * heads.query * heads.width);
-  for (size_t token = 0; token < step.num_tokens; token++) {
+// Everything is [num_tokens, heads, head width] of the memory's numbers.
+template <class Dot, class Number = typename Dot::Number>
+void attention(Threads& threads, const Memory& memory, const Heads& heads, const Step& step, const Options& options,
+               const Number* query, const Number* key, const Number* value, Number* out) {
+  constexpr size_t kTogether = 8;  // tokens
+  thread_local std::vector<Number> queries;
+  const size_t group = heads.group(), num = step.num_tokens;
+  const Lanes scaling = fill(static_cast<float>(options.scaling));
+  queries.resize(num * heads.query * heads.width);
+  Number* scaled = queries.data();  // [KV head, token, group, head width]
+  const auto place = [&](size_t token) {
     for (size_t h = 0; h < heads.query; h++) {
-      const float* from = query + (token * heads.query + h) * heads.width;
-      auto* to = &queries[((h / group * step.num_tokens + token) * group + h % group) * heads.width];
-      for (size_t d = 0; d < heads.width; d += kLanes) store(to + d, load(from + d) * fill(static_cast<float>(scaling)));
+      const Number* from = query + (token * heads.query + h) * heads.width;
+      Number* to = scaled + ((h / group * num + token) * group + h % group) * heads.width;
+      for (size_t d = 0; d < heads.width; d += kLanes) store(to + d, load(from + d) * scaling);
     }
     for (size_t h = 0; h < heads.key_value; h++) {
       const size_t at = (token * heads.key_value + h) * heads.width;
       remember<Dot>(memory, heads, h, step.slots[token], key + at, value + at);
     }
-  }
+  };
+  threads.each((num + kTogether - 1) / kTogether, [&](size_t part) {
+    for (size_t token = part * kTogether; token < std::min(num, (part + 1) * kTogether); token++) place(token);
+  });
   Shares shares;
   divide(shares, step, heads, threads.count());
-  attend_all<Dot>(threads, memory, heads, step, window, queries.data(), shares,
+  attend_all<Dot>(threads, memory, heads, step, options, scaled, shares,
                   [&](size_t token, size_t head, size_t i, Lanes lanes) {
                     store(out + (token * heads.query + head) * heads.width + i, lanes);
                   });
@@ -124,10 +132,14 @@ void shardstream_linear(Threads* threads, int64_t kind, const Matrix* matrix, co
 }
 
 void shardstream_attention(Threads* threads, int64_t kind, const Memory* memory, const Heads* heads, const Step* step,
-                           uint64_t window, double scaling, const float* query, const float* key, const float* value,
-                           float* out) {
-  if (kind == kFloat32) attention<Float32>(*threads, *memory, *heads, *step, window, scaling, query, key, value, out);
-  else attention<BFloat16>(*threads, *memory, *heads, *step, window, scaling, query, key, value, out);
+                           const Options* options, const void* query, const void* key, const void* value, void* out) {
+  const auto attend_as = [&](auto dot) {
+    using Number = typename decltype(dot)::Number;
+    attention<decltype(dot)>(*threads, *memory, *heads, *step, *options, static_cast<const Number*>(query),
+                             static_cast<const Number*>(key), static_cast<const Number*>(value), static_cast<Number*>(out));
+  };
+  if (kind == kFloat32) attend_as(Float32{});
+  else attend_as(BFloat16{});
 }
 
 void shardstream_block_maxima(Threads* threads, const float* logits, uint64_t num_rows, uint64_t width, float* maxima) {
@@ -137,6 +149,11 @@ void shardstream_block_maxima(Threads* threads, const float* logits, uint64_t nu
 void shardstream_log_sums(Threads* threads, const float* logits, uint64_t num_rows, uint64_t width, float* peaks,
                           float* log_sums) {
   log_sums_of(*threads, logits, num_rows, width, peaks, log_sums);
+}
+
+void shardstream_choose(Threads* threads, const float* logits, uint64_t num_rows, uint64_t width, const Rules* rules,
+                        const Choice* choice) {
+  Chooser(logits, num_rows, width, *rules).choose(*threads, *choice);
 }
 
 Peers* shardstream_peers(const char* path, uint64_t rank, uint64_t count, uint64_t slot_bytes, double timeout_s) {
