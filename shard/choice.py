@@ -8,6 +8,8 @@ group every operation is row by row, so a row's token never depends on its batch
     cut      truncation: a draw among the likeliest tokens; rows that would have kept more are looked at again, wider
 
 Candidates come in a canonical order and their masses are summed from the left, so a wider look gives the same token.
+
+Rows that do not ask for candidates need not even be grouped: one native call chooses for all of them (`plain_rules`).
 The module knows no sequence: what it is asked for is (seed, position) and numbers.
 """
 
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor
 
 from shard.draw import draw, draw_from_vocabulary, uniform
+from shard.kernels.native import ChoiceRules
 from shard.logits import argmax, likeliest
 from shard.processors import Truncation, truncate
 from shard.sampling_params import SamplingParams
@@ -88,6 +91,11 @@ def group_rows(
             for rows in ([alike] if has_top_k else _batched(alike, device))
         ),
     ]
+
+
+def plain_rules(params: Sequence[SamplingParams]) -> ChoiceRules:
+    """The ways in which all rows of a batch are chosen, none of them being more than greedy or free."""
+    return ChoiceRules([p.temperature if p.do_sample else 0.0 for p in params], [p.seed for p in params])
 
 
 def _batched(rows: list[int], device: torch.device) -> list[list[int]]:

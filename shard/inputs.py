@@ -2,12 +2,15 @@
 
 A seat is a sequence's row in a table of block ids and its number of tokens fed so far; everything else about a sequence
 stays in the router. Each rank applies the same plans in the same order and so holds the same mirror.
+
+Most steps do what the step before did, one place further on: each row feeds its seat's last sampled token and chooses
+the next. On a CPU, where the model reads the host's memory, their tensors are moved on and not made again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -17,10 +20,14 @@ from torch import Tensor
 
 from proto import shard_pb2 as pb
 from shard.attention import AttentionBatch
+from shard.kernels.native import StepRows
 from shard.sampler import SamplingParams
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
+
+TABLE_STEP: Final = 16
+"""Tables are a multiple of so many blocks wide, so that a step's rows find room in them for a while."""
 
 _NOTHING: Final[Int64Array] = np.zeros(0, dtype=np.int64)
 
@@ -36,6 +43,7 @@ class ModelInputs:
     A row that emits has one such place, behind its last token, and one more before each of its drafts.
     """
 
+    num_rows: int
     input_ids: Tensor  # [T] int64
     positions: Tensor  # [T] int64
     batch: AttentionBatch
@@ -43,11 +51,51 @@ class ModelInputs:
     emit_seats: list[int]  # [E]
     emit_positions: list[int]  # [E] index in its sequence of the token to be chosen
     emit_drafts: list[int | None]  # [E] the draft in that token's place, None at a row's end; [] if there are none
-    emit_index: Tensor  # [E] int64, into the T tokens
+    emit_index: Tensor  # [E] int64, into the T tokens; in ascending order
+    emit_seat_index: Tensor  # [E] int64
     target_index: Tensor  # [S] int64, into the T tokens
     targets: Tensor  # [S] int64
     target_seats: list[int]  # [S]
     target_positions: list[int]  # [S] index in its sequence of the target
+
+
+@dataclass(slots=True)
+class _Decoding:
+    """A step in which every row feeds one token and chooses one; the arrays are the memory of its tensors."""
+
+    inputs: ModelInputs
+    seats: Int64Array  # [R]
+    positions: Int64Array  # [R]
+    contexts: Int64Array  # [R] each one above its position
+    slots: Int64Array  # [R]
+    tables: Int64Array  # [R, width]
+    num_left: int
+    """Further steps for which the tables are wide enough."""
+
+    @classmethod
+    def of(cls, inputs: ModelInputs) -> _Decoding:
+        batch, contexts = inputs.batch, torch.tensor(inputs.batch.context_lens)
+        starts = torch.arange(inputs.num_rows + 1)
+        rows = StepRows(slots=batch.slots, starts=starts, contexts=contexts, tables=batch.block_tables)
+        return cls(
+            inputs=replace(inputs, batch=replace(batch, native_rows=rows)),
+            seats=inputs.emit_seat_index.numpy(),
+            positions=inputs.positions.numpy(),
+            contexts=contexts.numpy(),
+            slots=batch.slots.numpy(),
+            tables=batch.block_tables.numpy(),
+            num_left=batch.block_tables.shape[1] * batch.block_size - max(batch.context_lens),
+        )
+
+    def is_continued_by(self, plan: pb.StepPlan) -> bool:
+        num_rows = self.inputs.num_rows
+        return (
+            self.num_left > 0
+            and plan.row_seat == self.inputs.emit_seats
+            and plan.row_num_tokens == [1] * num_rows
+            and plan.row_emit == [True] * num_rows
+            and not (plan.literals or plan.targets or plan.row_num_drafts)
+        )
 
 
 class Seats:
@@ -66,11 +114,14 @@ class Seats:
         self._is_open = np.zeros(max_seats, dtype=np.bool_)
         self.last_token = torch.zeros(max_seats, dtype=torch.int64, device=device)
         """[max_seats] each seat's last sampled token; never leaves the device before it is fed."""
+        self._decoding: _Decoding | None = None
+        """The step before, if the next may be like it."""
 
     def close(self, seat: int) -> None:
         if not self._is_open[seat]:
             raise PlanError(f"seat {seat} is closed but was not open")
         self._is_open[seat] = False
+        self._decoding = None
 
     def open(self, seat: int, blocks: Sequence[int], num_cached_tokens: int) -> None:
         if self._is_open[seat]:
@@ -91,7 +142,12 @@ class Seats:
         self._num_blocks[seat] = end
 
     def build(self, plan: pb.StepPlan) -> ModelInputs:
-        """Applies the plan's rows and returns their tensors. Raises `PlanError`; then the mirror is spoilt."""
+        """Applies the plan's rows and returns their tensors, which are good until the next plan's are built.
+
+        Raises `PlanError`; then the mirror is spoilt.
+        """
+        if (decoding := self._decoding) is not None and decoding.is_continued_by(plan):
+            return self._move_on(decoding, plan)
         seats = np.fromiter(plan.row_seat, dtype=np.int64, count=len(plan.row_seat))
         num_tokens = np.fromiter(plan.row_num_tokens, dtype=np.int64, count=len(seats))
         if not self._is_open[seats].all():
@@ -112,35 +168,68 @@ class Seats:
             positions = np.arange(query_starts[-1]) - query_starts[row_of_token] + starts[row_of_token]
         blocks = self._tables[token_seats, positions // self.block_size].astype(np.int64)
         slots = blocks * self.block_size + positions % self.block_size
-        max_blocks = int(-(-context_lens.max(initial=1) // self.block_size))
+        tables = self._tables[seats, : self._table_width(context_lens)].astype(np.int64)
         batch = AttentionBatch.build(
             slots=torch.from_numpy(slots),
             query_starts=query_starts.tolist(),
             context_lens=context_lens.tolist(),
-            block_tables=torch.from_numpy(self._tables[seats, :max_blocks]),
+            block_tables=torch.from_numpy(tables),
             block_size=self.block_size,
             device=self.device,
         )
         emit_rows, num_before_end = _emit_places(plan)
         target_index, target_rows = _target_index(plan, query_starts)
-        return ModelInputs(
+        emit_seats = seats[emit_rows]
+        inputs = ModelInputs(
+            num_rows=len(seats),
             input_ids=self._input_ids(plan, seats, query_starts, one_each),
             positions=torch.from_numpy(positions).to(self.device),
             batch=batch,
             emit_rows=emit_rows.tolist(),
-            emit_seats=seats[emit_rows].tolist(),
+            emit_seats=emit_seats.tolist(),
             emit_positions=(context_lens[emit_rows] - num_before_end + 1).tolist(),
             emit_drafts=_emit_drafts(plan) if plan.row_num_drafts else [],
             emit_index=torch.from_numpy(query_starts[1:][emit_rows] - num_before_end).to(self.device),
+            emit_seat_index=torch.from_numpy(emit_seats).to(self.device),
             target_index=torch.from_numpy(target_index).to(self.device),
             targets=torch.tensor(plan.targets, dtype=torch.int64, device=self.device),
             target_seats=seats[target_rows].tolist(),
             target_positions=(positions[target_index] + 1).tolist(),
         )
+        self._decoding = None
+        if one_each and len(emit_rows) == len(seats) and not plan.targets and self.device.type == "cpu":
+            self._decoding = _Decoding.of(inputs)
+            return self._decoding.inputs
+        return inputs
+
+    def _move_on(self, step: _Decoding, plan: pb.StepPlan) -> ModelInputs:
+        """The inputs of a step in which the rows of the last one feed their next tokens."""
+        step.num_left -= 1
+        if plan.new_blocks:
+            self._append_new_blocks(plan)
+            step.tables[:] = self._tables[step.seats, : step.tables.shape[1]]
+        for array in (step.positions, step.contexts, step.slots):
+            array += 1
+        for row in (step.positions % self.block_size == 0).nonzero()[0]:
+            index, seat = step.positions[row] // self.block_size, step.seats[row]
+            if index >= self._num_blocks[seat]:
+                raise PlanError("a row reaches past its block table")
+            step.slots[row] = self._tables[seat, index] * self.block_size
+        self._num_tokens[step.seats] = step.contexts
+        inputs = step.inputs
+        torch.index_select(self.last_token, 0, inputs.emit_seat_index, out=inputs.input_ids)
+        inputs.batch.move_on(step.contexts.tolist())
+        inputs.emit_positions[:] = inputs.batch.context_lens
+        return inputs
 
     def rewind(self, seat: int, num_tokens: int) -> None:
         """Counts a seat's last tokens as never fed; the next ones take their places."""
         self._num_tokens[seat] -= num_tokens
+
+    def _table_width(self, context_lens: Int64Array) -> int:
+        """In blocks: those of the longest row, and some more."""
+        num_blocks = int(-(-context_lens.max(initial=1) // self.block_size))
+        return -(-num_blocks // TABLE_STEP) * TABLE_STEP
 
     def _append_new_blocks(self, plan: pb.StepPlan) -> None:
         start = 0

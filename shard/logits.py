@@ -43,7 +43,7 @@ class Candidates:
 
 def block_maxima(logits: Tensor) -> Tensor:
     """Largest logit of each block: [R, V] -> [R, ceil(V / BLOCK)]. A NaN is its block's maximum."""
-    if (threads := _native_threads(logits)) is not None:
+    if (threads := native_threads(logits)) is not None:
         return native.block_maxima(logits, threads)
     num_whole = logits.shape[1] // BLOCK * BLOCK
     maxima = logits[:, :num_whole].view(logits.shape[0], num_whole // BLOCK, BLOCK).amax(-1)
@@ -87,15 +87,15 @@ def _first(values: Tensor, ids: Tensor, count: int) -> Tensor:
 
 def log_probabilities(logits: Tensor, ids: Tensor) -> Tensor:
     """Log-softmax of each row at some of its tokens: [R, V], [R, N] -> [R, N]."""
-    if (threads := _native_threads(logits)) is not None:
+    if (threads := native_threads(logits)) is not None:
         peaks, log_sums = native.log_sums(logits, threads)
         return (logits.gather(1, ids) - peaks[:, None]).sub_(log_sums[:, None])
     chunks = zip(torch.split(logits, _SOFTMAX_ROWS), torch.split(ids, _SOFTMAX_ROWS), strict=True)
     return torch.cat([rows.log_softmax(-1).gather(1, wanted) for rows, wanted in chunks])
 
 
-def _native_threads(logits: Tensor) -> native.Threads | None:
-    """Who works on these logits, where native operations can."""
+def native_threads(logits: Tensor) -> native.Threads | None:
+    """Who works on these logits where native operations can, else None."""
     if logits.device.type != "cpu" or logits.dtype != torch.float32 or not logits.is_contiguous():
         return None
     return None if native.library() is None else native.threads(torch.get_num_threads())

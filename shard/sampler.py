@@ -12,6 +12,9 @@ rows left over are chosen from a masked copy of their scores.
 What a seat needs to look back at (tokens, counts, n-grams) is built by `open` and `feed` and kept up to date by
 `sample`; a seat whose rules do not look back keeps nothing. A rule that nobody in the batch uses costs nothing.
 
+Where nobody in the batch has a rule that changes logits, a truncation, a grammar or a wish for top tokens, all of this
+is one native call, on CPUs that have it.
+
 Penalties, bias and greedy choice follow the device without waiting for it. These wait: a seat with a watermark, n-gram
 or bad-words rule or a grammar (kept on the host), top tokens (how many tie), truncation (whether the candidates were
 enough).
@@ -27,9 +30,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from shard.choice import Group, choose, column, group_rows
+from shard.choice import Group, choose, column, group_rows, plain_rules
 from shard.grammar import Grammars
-from shard.logits import argmax, block_maxima, likeliest, log_probabilities
+from shard.kernels.native import ChoiceRules
+from shard.logits import argmax, block_maxima, likeliest, log_probabilities, native_threads
 from shard.processors import (
     RepeatedNGrams,
     completed_bad_words,
@@ -88,6 +92,11 @@ class _Seat:
     """Where the seat's grammar is kept; None: it has none."""
     bad_words: tuple[tuple[int, ...], ...] = ()
 
+    @property
+    def first_end(self) -> int:
+        """Position before which no end token may stand."""
+        return self.num_prompt_tokens + self.params.min_new_tokens
+
     def append(self, token: int) -> None:
         self.tokens.append(token)
         if self.ngrams is not None:
@@ -98,13 +107,11 @@ class _Seat:
         is_prompt = position < self.num_prompt_tokens
         return self.params.prompt_top_n_tokens if is_prompt else self.params.top_n_tokens
 
-    def forbidden(self, position: int, eos_token_ids: Sequence[int]) -> list[int]:
-        """Tokens that must not stand at `position`."""
+    def forbidden(self) -> list[int]:
+        """Tokens that must not stand behind those that are known."""
         forbidden = completed_bad_words(self.tokens, self.bad_words)
         if self.ngrams is not None:
             forbidden.extend(self.ngrams.forbidden())
-        if position - self.num_prompt_tokens < self.params.min_new_tokens:
-            forbidden.extend(eos_token_ids)
         return forbidden
 
 
@@ -161,13 +168,18 @@ class _Batch:
 
     seats: list[_Seat]
     seeds: list[int]
+    plain: ChoiceRules | None
+    """Of all rows, where one native call can choose for them."""
     groups: list[Group]
     """Of all rows but those that draw from what a grammar allows."""
     constrained: list[int]
     penalised: _Penalised | None
     bias: _Bias | None
     watermarked: list[int]
+    first_ends: list[tuple[int, int]]
+    """Rows with a minimum length, and the first position where they may end."""
     forbidding: list[int]
+    """Rows whose tokens forbid others."""
     looking_back: list[int]
     needing_tokens: list[int]
     num_top: list[int]
@@ -253,9 +265,17 @@ class Sampler:
         has a grammar may come more than once: whether its later tokens count is for the caller to say.
         """
         batch = self._batch_of(seats)
+        for row in batch.looking_back:
+            known = batch.seats[row].num_tokens
+            assert known == positions[row], f"token {positions[row]} is to be chosen, but {known} before it are known"
+        forbidden = self._forbidden(batch, positions)
+        if batch.plain is not None and (threads := native_threads(logits)) is not None:
+            token_ids, logprobs, faults = batch.plain.choose(logits, positions, forbidden, threads)
+            self._remember(batch, token_ids)
+            return Sampled(token_ids, logprobs, batch.num_top, *_no_top(len(token_ids), self._device), faults)
         refusals = self._prepare_grammars(batch, positions)
         maxima = block_maxima(logits)
-        token_ids = self._choose(logits, maxima, batch, positions, refusals)
+        token_ids = self._choose(logits, maxima, batch, positions, forbidden, refusals)
         forced = self._advance_grammars(batch, token_ids)
         self._remember(batch, token_ids)
         num_top, top_ids = _top_ids(logits, maxima, batch.num_top)
@@ -313,14 +333,30 @@ class Sampler:
 
     # ---- rules on logits -------------------------------------------------------------------------------------------
 
+    def _forbidden(self, batch: _Batch, positions: Sequence[int]) -> list[tuple[int, int]]:
+        """Rows, in order, and tokens that must not be chosen there."""
+        forbidden = [
+            (row, token)
+            for row, first_end in batch.first_ends
+            if positions[row] < first_end
+            for token in self._eos_token_ids
+        ]
+        if batch.forbidding:
+            forbidden += [(row, token) for row in batch.forbidding for token in batch.seats[row].forbidden()]
+            forbidden.sort()
+        return forbidden
+
     def _choose(
-        self, logits: Tensor, maxima: Tensor, batch: _Batch, positions: Sequence[int], refusals: Mapping[int, str]
+        self,
+        logits: Tensor,
+        maxima: Tensor,
+        batch: _Batch,
+        positions: Sequence[int],
+        forbidden: Sequence[tuple[int, int]],
+        refusals: Mapping[int, str],
     ) -> Tensor:
         """[E, V], [E, B] -> [E]."""
-        for row in batch.looking_back:
-            known = batch.seats[row].num_tokens
-            assert known == positions[row], f"token {positions[row]} is to be chosen, but {known} before it are known"
-        scores = self._processed(logits, batch, positions)
+        scores = self._processed(logits, batch, forbidden)
         if scores is logits:
             chosen = choose(logits, maxima, batch.groups, batch.seeds, positions)
         else:
@@ -333,13 +369,8 @@ class Sampler:
             self._constrain(chosen, constrained, logits, scores, batch, positions)
         return chosen
 
-    def _processed(self, logits: Tensor, batch: _Batch, positions: Sequence[int]) -> Tensor:
+    def _processed(self, logits: Tensor, batch: _Batch, forbidden: Sequence[tuple[int, int]]) -> Tensor:
         """The logits after every rule that is not a truncation; `logits` itself if there was none to apply."""
-        forbidden = [
-            (row, token)
-            for row in batch.forbidding
-            for token in batch.seats[row].forbidden(positions[row], self._eos_token_ids)
-        ]
         if not (forbidden or batch.changes_logits):
             return logits
         scores = logits.clone()
@@ -447,14 +478,17 @@ class Sampler:
     def _gather(self, seats: list[_Seat]) -> _Batch:
         params = [state.params for state in seats]
         chosen_freely = [row for row, state in enumerate(seats) if state.grammars is None or not state.params.do_sample]
+        is_plain = all(p.is_plain for p in params) and not any(state.grammars for state in seats)
         return _Batch(
             seats=seats,
             seeds=[p.seed for p in params],
+            plain=plain_rules(params) if is_plain else None,
             groups=group_rows(params, chosen_freely, self._vocab_size, self._device),
             constrained=[row for row, state in enumerate(seats) if state.grammars is not None],
             penalised=self._penalised(seats),
             bias=self._bias(params),
             watermarked=[row for row, p in enumerate(params) if p.watermarks],
+            first_ends=[(row, state.first_end) for row, state in enumerate(seats) if state.params.min_new_tokens],
             forbidding=[row for row, p in enumerate(params) if p.forbids],
             looking_back=[row for row, p in enumerate(params) if p.looks_back],
             needing_tokens=[row for row, p in enumerate(params) if p.needs_tokens],
@@ -505,7 +539,7 @@ def _top_ids(logits: Tensor, maxima: Tensor, asked: Sequence[int]) -> tuple[list
     num_top = [0] * len(asked)
     asking = [row for row, count in enumerate(asked) if count > 0]
     if not asking:
-        return num_top, torch.zeros(len(asked), 0, dtype=torch.int64, device=logits.device)
+        return num_top, _no_top(len(asked), logits.device)[0]
     rows = torch.tensor(asking, dtype=torch.int64, device=logits.device)
     candidates = likeliest(logits[rows], maxima[rows], max(asked) + _MAX_TOP_TIES)
     for row, values in zip(asking, candidates.values.tolist(), strict=True):
@@ -513,6 +547,11 @@ def _top_ids(logits: Tensor, maxima: Tensor, asked: Sequence[int]) -> tuple[list
     top_ids = torch.zeros(len(asked), max(num_top), dtype=torch.int64, device=logits.device)
     top_ids[rows] = candidates.ids[:, : max(num_top)]
     return num_top, top_ids
+
+
+def _no_top(num_rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The ids and log-probabilities of no top tokens."""
+    return torch.empty(num_rows, 0, dtype=torch.int64, device=device), torch.empty(num_rows, 0, device=device)
 
 
 def _count_with_ties(values: list[float], count: int) -> int:

@@ -50,12 +50,19 @@ class SamplingParams:
 
     @property
     def forbids(self) -> bool:
-        return self.no_repeat_ngram_size > 0 or bool(self.bad_words) or self.min_new_tokens > 0
+        """Whether known tokens rule out others."""
+        return self.no_repeat_ngram_size > 0 or bool(self.bad_words)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a token is chosen from the model's own logits, less what is forbidden, and nothing else is asked."""
+        changes_logits = self.penalises or self.watermarks or bool(self.bias_token_ids)
+        return not (changes_logits or (self.do_sample and self.truncates) or self.top_n_tokens)
 
     @property
     def needs_tokens(self) -> bool:
         """Whether the host must know the sequence's tokens, one by one."""
-        return self.watermarks or self.no_repeat_ngram_size > 0 or bool(self.bad_words)
+        return self.watermarks or self.forbids
 
     @property
     def looks_back(self) -> bool:

@@ -1,6 +1,9 @@
 """The gRPC face of a rank: one Execute stream at a time, plans handed to the model thread in order.
 
-The event loop never touches a tensor. The port is open before the weights are loaded, so that a router can tell a rank
+The event loop never touches a tensor, but shares the interpreter with the model thread, which needs it between two
+forward passes and hardly ever within one. So the answer of a step is handed over when the next pass begins.
+
+The port is open before the weights are loaded, so that a router can tell a rank
 that is loading (Describe waits, health says NOT_SERVING) from one that is missing (connection refused).
 
 An epoch ends in one of two ways. The router says Bye: the rank waits for the next epoch. Anything else (a lost stream,
@@ -13,7 +16,10 @@ import asyncio
 import logging
 import os
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Final
 
 import grpc
@@ -46,7 +52,28 @@ SERVER_OPTIONS: Final = (
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
 )
 
-Steps = asyncio.Queue["asyncio.Future[pb.FromShard] | None"]
+Plans = SimpleQueue[tuple[pb.StepPlan, float] | None]
+"""Plans and when they arrived (`time.perf_counter`), in their order; None after the last."""
+
+Answers = asyncio.Queue[pb.FromShard | None]
+
+
+@dataclass(slots=True)
+class Waiting:
+    """Plans without an answer."""
+
+    num_plans: int = 0
+    since: float = 0.0
+    """When the step that is to be answered next could begin (`time.perf_counter`)."""
+
+    def plan_came(self, at: float) -> None:
+        if not self.num_plans:
+            self.since = at
+        self.num_plans += 1
+
+    def answer_came(self) -> None:
+        self.num_plans -= 1
+        self.since = time.perf_counter()
 
 
 class ShardServicer(shard_pb2_grpc.ShardServicer):  # type: ignore[misc]
@@ -105,37 +132,94 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):  # type: ignore[misc]
                 self._end("the epoch ended: its stream or a step was lost")
 
     async def _serve_epoch(self, worker: Worker, context: Any) -> None:
-        """Answers plans in their order until Bye; they wait on the model thread as they arrive."""
-        steps: Steps = asyncio.Queue()
-        reader = asyncio.create_task(self._read_plans(worker, context, steps))
+        """Answers plans in their order until Bye; they wait for the model thread as they arrive."""
+        loop = asyncio.get_running_loop()
+        plans: Plans = SimpleQueue()
+        answers: Answers = asyncio.Queue()
+        waiting = Waiting()
+
+        def hand_over(answer: pb.FromShard | None) -> None:
+            loop.call_soon_threadsafe(answers.put_nowait, answer)
+
+        steps = loop.run_in_executor(self._model_thread, run_plans, worker, plans, hand_over)
+        tasks = [
+            asyncio.create_task(_read_plans(context, plans, waiting)),
+            asyncio.create_task(_write_answers(context, answers, waiting)),
+            asyncio.create_task(_watch(waiting, self._step_timeout_s)),
+        ]
+        reader, writer, watch = tasks
         try:
-            while (step := await steps.get()) is not None:
-                async with asyncio.timeout(self._step_timeout_s):
-                    answer = await step
-                await context.write(answer)
+            await asyncio.wait((writer, watch), return_when=asyncio.FIRST_COMPLETED)
+            if watch.done():
+                await watch
+            await writer
+            await steps
             await reader
         finally:
-            reader.cancel()
-
-    async def _read_plans(self, worker: Worker, context: Any, steps: Steps) -> None:
-        loop = asyncio.get_running_loop()
-        try:
-            while True:
-                message = await context.read()
-                if message is grpc.aio.EOF:
-                    raise ConnectionError("the router went away without a goodbye")
-                if message.HasField("bye"):
-                    return
-                arrived_at = time.perf_counter()
-                steps.put_nowait(loop.run_in_executor(self._model_thread, worker.step, message.plan, arrived_at))
-        finally:
-            steps.put_nowait(None)
+            for task in tasks:
+                task.cancel()
 
     def _end(self, cause: str) -> None:
         """Ends the process even if the model thread hangs in a collective."""
         logger.error("%s", cause)
         self._is_ending = True
         asyncio.get_running_loop().call_later(LAST_WORDS_S, os._exit, 1)
+
+
+def run_plans(worker: Worker, plans: Plans, hand_over: Callable[[pb.FromShard | None], None]) -> None:
+    """Runs plans on the model thread until there are no more, and hands their answers over, in order; None is the last.
+
+    Whoever takes an answer wakes up and works, and would hold up the inputs of the next step if one is waiting already.
+    Its answer waits until these are made, a tenth of a millisecond, and no longer; nor is it lost if that step fails.
+    """
+    held: pb.FromShard | None = None
+    try:
+        while True:
+            if held is not None and plans.empty():
+                hand_over(held)
+                held = None
+            if (next_plan := plans.get()) is None:
+                return
+            step = worker.prepare(*next_plan)
+            if held is not None:
+                hand_over(held)
+            held = None
+            held = worker.run(step)
+    finally:
+        if held is not None:
+            hand_over(held)
+        hand_over(None)
+
+
+async def _read_plans(context: Any, plans: Plans, waiting: Waiting) -> None:
+    """Returns when the router says Bye. Raises `ConnectionError` if it goes without."""
+    try:
+        while True:
+            message = await context.read()
+            if message is grpc.aio.EOF:
+                raise ConnectionError("the router went away without a goodbye")
+            if message.HasField("bye"):
+                return
+            arrived_at = time.perf_counter()
+            waiting.plan_came(arrived_at)
+            plans.put((message.plan, arrived_at))
+    finally:
+        plans.put(None)
+
+
+async def _write_answers(context: Any, answers: Answers, waiting: Waiting) -> None:
+    while (answer := await answers.get()) is not None:
+        waiting.answer_came()
+        await context.write(answer)
+
+
+async def _watch(waiting: Waiting, step_timeout_s: float) -> None:
+    """Raises `TimeoutError` when a step takes too long. Looks only as often as one could have."""
+    while True:
+        waited_s = time.perf_counter() - waiting.since if waiting.num_plans else 0.0
+        if waited_s >= step_timeout_s:
+            raise TimeoutError(f"a step has not ended within {step_timeout_s:g} s")
+        await asyncio.sleep(step_timeout_s - waited_s)
 
 
 async def open_port(address: str, servicer: ShardServicer) -> tuple[grpc.aio.Server, health.aio.HealthServicer]:

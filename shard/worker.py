@@ -1,5 +1,8 @@
 """The model thread's work: load, configure, and run one plan after the other.
 
+A plan is first prepared, which is work for the interpreter, and then run, most of which is native or on a device.
+Whoever has other work for the interpreter does it between the two, so that it falls into the second.
+
 Everything here touches tensors and runs on one thread, because collectives must be entered in the same order on every
 rank. A rank that raises is lost: it never repairs itself, the router replays.
 """
@@ -8,12 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import struct
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Final
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -85,6 +89,19 @@ def _dtype(config: ShardConfig, device: torch.device) -> torch.dtype:
     if device.type == "cuda" or torch.cpu._is_avx512_bf16_supported():
         return torch.bfloat16
     return torch.float32
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedStep:
+    """A plan whose turn has come."""
+
+    plan: pb.StepPlan
+    seats: Seats
+    inputs: ModelInputs | None
+    """None: the plan has no rows."""
+    wait_s: float
+    """From the end of the step before to the arrival of the plan."""
+    inputs_s: float
 
 
 class Worker:
@@ -176,35 +193,44 @@ class Worker:
         model.logits(model.hidden(zero, zero, batch))
 
     @torch.inference_mode()
-    def step(self, plan: pb.StepPlan, arrived_at: float) -> pb.FromShard:
-        """Runs one plan. `arrived_at` is `time.perf_counter` when it was received. Any exception ends the epoch."""
+    def prepare(self, plan: pb.StepPlan, arrived_at: float) -> PreparedStep:
+        """Takes the next plan, received when `time.perf_counter` was `arrived_at`. Any exception ends the epoch."""
         begun_at = time.perf_counter()
         seats = self._take_turns(plan)
         inputs = seats.build(plan) if plan.row_seat else None
-        built_at = time.perf_counter()
-        output = pb.StepOutput(step=plan.step, row_num_emitted=[0] * len(plan.row_seat))
+        wait_s = max(0.0, arrived_at - self._ended_at) if self._ended_at else 0.0
+        return PreparedStep(plan, seats, inputs, wait_s, time.perf_counter() - begun_at)
+
+    @torch.inference_mode()
+    def run(self, step: PreparedStep) -> pb.FromShard:
+        """Runs the plan that was prepared last. Any exception ends the epoch."""
+        begun_at = forwarded_at = time.perf_counter()
+        plan, inputs, answer = step.plan, step.inputs, pb.FromShard()
+        output = answer.output
         token_ids: list[int] = []
-        forwarded_at = built_at
         if inputs is not None:
             hidden = self._model.hidden(inputs.input_ids, inputs.positions, inputs.batch)
             self._score_targets(hidden, inputs, output)
-            logits = self._model.logits(hidden[inputs.emit_index]) if inputs.emit_rows else None
+            logits = self._model.logits(_emitting(hidden, inputs)) if inputs.emit_rows else None
             forwarded_at = time.perf_counter()
             if logits is not None:
-                token_ids = self._choose(logits, inputs, seats, output)
+                token_ids = self._choose(logits, inputs, step.seats, output)
         for fault in output.row_faults:
             logger.warning("step %d: %s: %s", plan.step, self._owners[plan.row_seat[fault.row]], fault.message)
         digest = token_digest(token_ids)
-        ended_at = time.perf_counter()
-        output.digest = digest
-        output.timings.wait_us = _microseconds(max(0.0, arrived_at - self._ended_at) if self._ended_at else 0.0)
-        output.timings.inputs_us = _microseconds(built_at - begun_at)
-        output.timings.forward_us = _microseconds(forwarded_at - built_at)
-        output.timings.sample_us = _microseconds(ended_at - forwarded_at)
-        self._ended_at = ended_at
+        self._ended_at = time.perf_counter()
         if self._group.rank:
             return pb.FromShard(ack=pb.StepAck(step=plan.step, digest=digest))
-        return pb.FromShard(output=output)
+        output.step = plan.step
+        output.digest = digest
+        if not output.row_num_emitted:
+            output.row_num_emitted.extend([0] * len(plan.row_seat))
+        timings = output.timings
+        timings.wait_us = _microseconds(step.wait_s)
+        timings.inputs_us = _microseconds(step.inputs_s)
+        timings.forward_us = _microseconds(forwarded_at - begun_at)
+        timings.sample_us = _microseconds(self._ended_at - forwarded_at)
+        return answer
 
     def _take_turns(self, plan: pb.StepPlan) -> Seats:
         """Closes and opens seats, and shows the sampler the literals of the rows to come."""
@@ -254,15 +280,23 @@ class Worker:
         if self._group.world_size > 1:
             self._group.broadcast(chosen)
         token_ids: list[int] = chosen.tolist()
-        emitted = _emitted(token_ids, inputs.emit_drafts) if inputs.emit_drafts else range(len(token_ids))
-        last_of_seat = {inputs.emit_seats[index]: index for index in emitted}
-        last_seats = torch.tensor(list(last_of_seat), device=seats.device)
-        seats.last_token[last_seats] = chosen[list(last_of_seat.values())]
-        if len(emitted) < len(token_ids):
+        emitted: Sequence[int] = range(len(token_ids))
+        if inputs.emit_drafts:
+            emitted = _emitted(token_ids, inputs.emit_drafts)
+            last_of_seat = {inputs.emit_seats[index]: index for index in emitted}
+            last_seats = torch.tensor(list(last_of_seat), device=seats.device)
+            seats.last_token[last_seats] = chosen[list(last_of_seat.values())]
             _rewind(seats, inputs.emit_seats, emitted)
+        else:
+            seats.last_token[inputs.emit_seat_index] = chosen
         if sampled is not None:
-            _fill_output(output, sampled, inputs.emit_rows, token_ids, emitted)
+            _fill_output(output, sampled, inputs, token_ids, emitted)
         return token_ids
+
+
+def _emitting(hidden: Tensor, inputs: ModelInputs) -> Tensor:
+    """Of hidden states [T, width] those behind which a token is chosen: [E, width]."""
+    return hidden if len(inputs.emit_rows) == len(hidden) else hidden[inputs.emit_index]
 
 
 def _emitted(token_ids: Sequence[int], drafts: Sequence[int | None]) -> list[int]:
@@ -286,26 +320,28 @@ def _rewind(seats: Seats, emit_seats: Sequence[int], emitted: Sequence[int]) -> 
 
 
 def _fill_output(
-    output: pb.StepOutput, sampled: Sampled, emit_rows: Sequence[int], token_ids: list[int], emitted: Sequence[int]
+    output: pb.StepOutput, sampled: Sampled, inputs: ModelInputs, token_ids: list[int], emitted: Sequence[int]
 ) -> None:
-    faults: list[bool] = sampled.faults.tolist()
-    logprobs: list[float] = sampled.logprobs.tolist()
-    top_ids, top_logprobs = sampled.top_ids.tolist(), sampled.top_logprobs.tolist()
-    failed = {emit_rows[index]: NOT_FINITE for index in emitted if faults[index]}
-    failed |= {emit_rows[index]: message for index, message in sampled.refusals.items()}
-    for row, message in failed.items():
-        output.row_faults.add(row=row, message=message)
+    emit_rows, faults = inputs.emit_rows, sampled.faults.tolist()
+    if True in faults or sampled.refusals:
+        failed = {emit_rows[index]: NOT_FINITE for index in emitted if faults[index]}
+        failed |= {emit_rows[index]: message for index, message in sampled.refusals.items()}
+        for row, message in failed.items():
+            output.row_faults.add(row=row, message=message)
+        emitted = [index for index in emitted if emit_rows[index] not in failed]
+    num_emitted = [0] * inputs.num_rows
     for index in emitted:
-        row = emit_rows[index]
-        if row in failed:
-            continue
-        output.row_num_emitted[row] += 1
-        num_top = sampled.num_top[index]
-        output.token_ids.append(token_ids[index])
-        output.logprobs.append(logprobs[index])
-        output.num_top.append(num_top)
-        output.top_token_ids.extend(top_ids[index][:num_top])
-        output.top_logprobs.extend(top_logprobs[index][:num_top])
+        num_emitted[emit_rows[index]] += 1
+    logprobs, num_top = sampled.logprobs.tolist(), sampled.num_top
+    output.row_num_emitted.extend(num_emitted)
+    output.token_ids.extend([token_ids[index] for index in emitted])
+    output.logprobs.extend([logprobs[index] for index in emitted])
+    output.num_top.extend([num_top[index] for index in emitted])
+    if sampled.top_ids.shape[1]:
+        top_ids, top_logprobs = sampled.top_ids.tolist(), sampled.top_logprobs.tolist()
+        for index in emitted:
+            output.top_token_ids.extend(top_ids[index][: num_top[index]])
+            output.top_logprobs.extend(top_logprobs[index][: num_top[index]])
     if any(sampled.forced):
         _fill_forced(output, sampled.forced, emit_rows)
 
@@ -335,7 +371,7 @@ def _owner(open_: pb.Open) -> str:
 
 def token_digest(token_ids: Sequence[int]) -> int:
     """64 bits of BLAKE2b over the ids as little-endian uint32: equal on every rank that was told the same tokens."""
-    packed = np.asarray(token_ids, dtype="<u4").tobytes()
+    packed = struct.pack(f"<{len(token_ids)}I", *token_ids)
     return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little")
 
 

@@ -66,6 +66,21 @@ def test_forced_tokens_are_fed_in_one_row_that_asks_for_their_scores() -> None:
     assert [[t.token_id for t in e.tokens] for e in house.emissions[:2]] == [tokens[:1], tokens[1:7]]
 
 
+def test_forced_tokens_are_counted_as_steps_that_were_not_needed() -> None:
+    house = House(max_drafts=2)
+    house.add(request_forcing(5))
+    house.add(Request("r", PROMPT, 7))
+
+    house.run()
+
+    counters = house.scheduler.counters
+    counts = [len(emission.tokens) for emission in house.emissions]
+    assert max(counts) >= 6
+    assert counters.num_emitted_tokens == sum(counts) == 20 + 7
+    assert counters.num_emitted_tokens - counters.num_skipped_tokens == len(counts)
+    assert counters.num_rows_by_skipped == [0, counts.count(2), counts.count(3), sum(count > 3 for count in counts)]
+
+
 @pytest.mark.parametrize("depth", [2, 3])
 def test_rows_in_flight_come_to_the_first_forced_tokens_and_the_next_row_feeds_the_rest(depth: int) -> None:
     house = House(depth=depth)

@@ -24,7 +24,7 @@ from shard.grammar import GrammarCompiler
 from shard.logs import JsonFormatter
 from shard.model import Model, load_model
 from shard.server import ShardServicer
-from shard.worker import Worker
+from shard.worker import PreparedStep, Worker
 from tests.http_app import Client
 from tests.tiny_models import save_tiny
 from tests.tiny_tokenizers import byte_level
@@ -76,7 +76,7 @@ def step(worker: Worker, number: int, *opens: pb.Open, closes: tuple[int, ...] =
         literals=PROMPT * num,
         new_blocks=range(1, 1 + num),
     )
-    return worker.step(plan, time.perf_counter())
+    return worker.run(worker.prepare(plan, time.perf_counter()))
 
 
 def begin(seat: int, request_id: str, trace_id: str = "") -> pb.Open:
@@ -134,7 +134,7 @@ def test_the_sequences_that_an_epoch_ends_with_are_named(
     class Dying:
         owners = ("request one", "request two")
 
-        def step(self, plan: pb.StepPlan, arrived_at: float) -> pb.FromShard:
+        def prepare(self, plan: pb.StepPlan, arrived_at: float) -> PreparedStep:
             raise RuntimeError("out of memory")
 
     class Stream:

@@ -84,7 +84,7 @@ class Run:
         answers: deque[tuple[StepPlan, pb.StepOutput]] = deque()
         while True:
             while len(answers) < depth and (plan := self.scheduler.plan()):
-                answers.append((plan, worker.step(encode_plan(plan), time.perf_counter()).output))
+                answers.append((plan, worker.run(worker.prepare(encode_plan(plan), time.perf_counter())).output))
             if not answers:
                 return
             plan, answer = answers.popleft()
@@ -164,7 +164,7 @@ def test_drafts_behind_nothing_are_refused(worker: Worker, changes: dict[str, li
     )
 
     with pytest.raises(PlanError, match="drafts"):
-        worker.step(plan, time.perf_counter())
+        worker.prepare(plan, time.perf_counter())
 
 
 # Forced tokens

@@ -1,0 +1,238 @@
+"""One native call that chooses for a whole batch: against torch, whoever shares the work or is in the batch."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+
+from shard.draw import uniform
+from shard.kernels import build
+from shard.kernels.build import AVX2, AVX512, Variant, best_variant
+from shard.kernels.native import ChoiceRules, Library, Threads, library
+from shard.sampler import Sampled, Sampler, SamplingParams
+
+pytestmark = pytest.mark.skipif(library() is None, reason="the native operations are not built for this machine")
+
+PART = 8192
+"""Tokens of a row that one thread looks through at a time."""
+
+SHAPES = [(1, 49152), (3, 50257), (17, PART + 1), (2, 70), (1, 5)]
+
+
+@cache
+def native_library(variant: Variant) -> Library:
+    return Library(build.build(variant))
+
+
+@pytest.fixture(params=[(AVX512, 1), (AVX512, 3), (AVX2, 2)], ids=lambda p: f"{p[0].name}-{p[1]}")
+def team(request: pytest.FixtureRequest) -> Threads:
+    variant, count = request.param
+    if variant is AVX512 and best_variant() is not AVX512:
+        pytest.skip("this processor cannot run it")
+    return Threads(native_library(variant), count)
+
+
+def random_logits(shape: tuple[int, int]) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(shape[1])) * 4
+
+
+def choose(
+    team: Threads,
+    logits: Tensor,
+    temperatures: Sequence[float] | None = None,
+    forbidden: Sequence[tuple[int, int]] = (),
+    first_position: int = 7,
+) -> tuple[Tensor, Tensor, Tensor]:
+    num_rows = len(logits)
+    rules = ChoiceRules(temperatures or [0.0] * num_rows, [seed_of(row) for row in range(num_rows)])
+    return rules.choose(logits, range(first_position, first_position + num_rows), forbidden, team)
+
+
+def seed_of(row: int) -> int:
+    return (1 << 64) - 1 - 1234567 * row
+
+
+def drawn(logits: Tensor, temperature: float, row: int, position: int) -> int:
+    """By the definition: where the fraction falls in the cumulative distribution, in double precision."""
+    sums = (logits.double() / temperature).softmax(-1).cumsum(-1)
+    return int(torch.searchsorted(sums, uniform(seed_of(row), position) * sums[-1], right=True))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_largest_logit_is_taken_with_its_log_probability(team: Threads, shape: tuple[int, int]) -> None:
+    logits = random_logits(shape)
+
+    tokens, logprobs, faults = choose(team, logits)
+
+    assert tokens.tolist() == logits.argmax(-1).tolist()
+    torch.testing.assert_close(logprobs.double(), logits.double().log_softmax(-1).amax(-1), atol=4e-6, rtol=0)
+    assert not faults.any()
+
+
+@pytest.mark.parametrize(("first", "second"), [(3, 5), (62, 64), (PART - 1, PART), (100, 3 * PART - 1)])
+def test_of_equal_ones_the_first_is_taken(team: Threads, first: int, second: int) -> None:
+    logits = random_logits((2, 3 * PART))
+    logits[:, [first, second]] = 30.0
+
+    assert choose(team, logits)[0].tolist() == [first, first]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 3.0])
+def test_a_draw_is_by_the_cumulative_distribution(team: Threads, shape: tuple[int, int], temperature: float) -> None:
+    logits = random_logits(shape)
+    logits[:, ::3] = -math.inf
+
+    for position in (0, 1, 100_000):
+        tokens, logprobs, _ = choose(team, logits, [temperature] * len(logits), first_position=position)
+
+        expected = [drawn(logits[row], temperature, row, position + row) for row in range(len(logits))]
+        assert tokens.tolist() == expected
+        wanted = logits.double().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+        torch.testing.assert_close(logprobs.double(), wanted, atol=4e-6, rtol=0)
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e-38, 1e-30, 1e-6])
+def test_the_coldest_draw_is_the_largest_logit(team: Threads, temperature: float) -> None:
+    logits = random_logits((3, 9000))
+
+    assert choose(team, logits, [temperature] * 3)[0].tolist() == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_what_is_forbidden_counts_for_log_probabilities_alone(team: Threads, temperature: float) -> None:
+    logits = random_logits((4, 20_000))
+    best = logits.topk(300).indices
+    forbidden = [(row, token) for row in (0, 2) for token in best[row].tolist()]
+    allowed = logits.clone()
+    for pair in forbidden:
+        allowed[pair] = -math.inf
+
+    tokens, logprobs, faults = choose(team, logits, [temperature] * 4, forbidden)
+
+    expected = (
+        [drawn(allowed[row], temperature, row, 7 + row) for row in range(4)] if temperature else allowed.argmax(-1)
+    )
+    assert tokens.tolist() == list(expected)
+    wanted = logits.double().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+    torch.testing.assert_close(logprobs.double(), wanted, atol=4e-6, rtol=0)
+    assert not faults.any()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_where_all_is_forbidden_the_models_choice_stands(team: Threads, temperature: float) -> None:
+    logits = random_logits((2, 100))
+
+    tokens, _, faults = choose(team, logits, [temperature] * 2, [(1, token) for token in range(100)])
+
+    assert tokens[1] == logits[1].argmax()
+    assert not faults.any()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_rows_that_are_not_finite_are_flagged_and_disturb_nobody(team: Threads, temperature: float) -> None:
+    logits = random_logits((6, PART + 300))
+    undisturbed = choose(team, logits, [temperature] * 6)
+    logits[1, 70] = math.nan
+    logits[2] = -math.inf
+    logits[3, PART + 299] = math.nan
+    logits[4, 3] = math.inf
+
+    disturbed = choose(team, logits, [temperature] * 6)
+
+    assert disturbed[2].tolist() == [False, True, True, True, True, False]
+    assert all(0 <= token < logits.shape[1] for token in disturbed[0].tolist())
+    for before, after in zip(undisturbed[:2], disturbed[:2], strict=True):
+        assert before[[0, 5]].tolist() == after[[0, 5]].tolist()
+
+
+def test_a_row_is_chosen_the_same_by_any_number_of_threads_and_in_any_company(team: Threads) -> None:
+    logits = random_logits((9, 20_000))
+    temperatures = [0.0, 0.7, 1.3] * 3
+    alone = Threads(team.native, 1)
+
+    together = choose(team, logits, temperatures)
+
+    for row in range(9):
+        rules = ChoiceRules([temperatures[row]], [seed_of(row)])
+        token, logprob, _ = rules.choose(logits[row : row + 1], [7 + row], (), alone)
+        assert (token.item(), logprob.item()) == (together[0][row].item(), together[1][row].item())
+
+
+# The sampler with it and without
+
+
+def sampled_lives(params: Sequence[SamplingParams], vocab_size: int) -> list[Sampled]:
+    """Ten steps of some seats, with logits that have ties."""
+    sampler = Sampler(vocab_size=vocab_size, max_seats=len(params), eos_token_ids=[2, 9], device=torch.device("cpu"))
+    for seat, p in enumerate(params):
+        sampler.open(seat, p, [4, 4, 7], 3)
+    steps = []
+    for step in range(10):
+        generator = torch.Generator().manual_seed(step)
+        logits = (torch.randn(len(params), vocab_size, generator=generator) * 6).round() / 2
+        logits[:, 9] += 5.0
+        if step == 6:
+            logits[1, 5] = math.nan
+        steps.append(sampler.sample(logits, range(len(params)), [3 + step] * len(params)))
+    return steps
+
+
+def test_a_plain_batch_is_chosen_as_without_native_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(0)
+    params = [
+        SamplingParams(
+            do_sample=rng.random() < 0.5,
+            temperature=rng.choice([0.3, 1.0, 2.0]),
+            seed=rng.getrandbits(64),
+            min_new_tokens=rng.choice([0, 4]),
+            no_repeat_ngram_size=rng.choice([0, 1]),
+            bad_words=rng.choice([(), ((11,), (4, 12))]),
+        )
+        for _ in range(12)
+    ]
+    calls = []
+    choose = ChoiceRules.choose
+
+    def counted(self: ChoiceRules, *args: object) -> object:
+        calls.append(args)
+        return choose(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ChoiceRules, "choose", counted)
+    native = sampled_lives(params, 3000)
+    monkeypatch.setattr("shard.sampler.native_threads", lambda logits: None)
+
+    plain = sampled_lives(params, 3000)
+
+    assert len(calls) == 10
+    for step, other in zip(native, plain, strict=True):
+        fit = ~other.faults
+        assert step.faults.tolist() == other.faults.tolist()
+        assert step.token_ids[fit].tolist() == other.token_ids[fit].tolist()
+        torch.testing.assert_close(step.logprobs[fit], other.logprobs[fit], atol=1e-5, rtol=0)
+        assert step.num_top == other.num_top
+        assert step.top_ids.shape == other.top_ids.shape
+    assert native[6].faults.tolist() == [row == 1 for row in range(12)]
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"top_n_tokens": 1},
+        {"do_sample": True, "top_p": 0.9},
+        {"repetition_penalty": 1.2},
+        {"presence_penalty": 0.2},
+        {"bias_token_ids": (3,), "bias_values": (1.0,)},
+        {"watermark_gamma": 0.5, "watermark_delta": 1.0},
+    ],
+    ids=lambda rule: next(iter(rule)),
+)
+def test_rules_that_the_native_choice_does_not_know_are_not_plain(rule: dict[str, object]) -> None:
+    assert SamplingParams(do_sample=True, temperature=0.5, min_new_tokens=3).is_plain
+    assert not SamplingParams(**rule).is_plain  # type: ignore[arg-type]

@@ -1,0 +1,200 @@
+"""Between the event loop and the model thread: answers in order, at the right moment, and none lost."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+
+import pytest
+
+from proto import shard_pb2 as pb
+from shard.server import Plans, ShardServicer, Waiting, run_plans
+from tests.server import PATIENCE_S
+
+
+class Steps:
+    """Stands for a worker: writes down what is asked of it, and fails where it is told to."""
+
+    owners: Sequence[str] = ()
+
+    def __init__(self, *, fails_at: str = "", then: tuple[str, int] | None = None) -> None:
+        self.events: list[str] = []
+        self.plans: Plans = SimpleQueue()
+        self.fails_at = fails_at
+        self.then = then
+        """A step during which the next plan, of that number, arrives."""
+
+    def _note(self, event: str) -> None:
+        self.events.append(event)
+        if event == self.fails_at:
+            raise RuntimeError("out of memory")
+
+    def prepare(self, plan: pb.StepPlan, arrived_at: float) -> int:
+        self._note(f"prepare {plan.step}")
+        return plan.step
+
+    def run(self, step: int) -> pb.FromShard:
+        self._note(f"run {step}")
+        if self.then == (f"run {step}", step + 1):
+            self.plans.put((pb.StepPlan(step=step + 1), 0.0))
+        return pb.FromShard(output=pb.StepOutput(step=step))
+
+    def take(self, answer: pb.FromShard | None) -> None:
+        self.events.append(f"answer {answer.output.step}" if answer else "end")
+        if answer and answer.output.step == 2:
+            self.plans.put(None)
+
+
+def with_plans(steps: Steps, *numbers: int) -> Steps:
+    for number in numbers:
+        steps.plans.put((pb.StepPlan(step=number), 0.0))
+    return steps
+
+
+def test_an_answer_is_handed_over_when_the_next_step_is_about_to_run() -> None:
+    steps = with_plans(Steps(), 1, 2)
+
+    run_plans(steps, steps.plans, steps.take)  # type: ignore[arg-type]
+
+    assert steps.events == ["prepare 1", "run 1", "prepare 2", "answer 1", "run 2", "answer 2", "end"]
+
+
+def test_an_answer_is_handed_over_at_once_when_no_plan_waits() -> None:
+    steps = with_plans(Steps(then=("run 1", 2)), 1)
+    late = with_plans(Steps(), 1)
+    take = late.take
+
+    def answer_then_plan(answer: pb.FromShard | None) -> None:
+        take(answer)
+        if answer and answer.output.step == 1:
+            late.plans.put((pb.StepPlan(step=2), 0.0))
+
+    run_plans(steps, steps.plans, steps.take)  # type: ignore[arg-type]
+    run_plans(late, late.plans, answer_then_plan)  # type: ignore[arg-type]
+
+    assert steps.events == ["prepare 1", "run 1", "prepare 2", "answer 1", "run 2", "answer 2", "end"]
+    assert late.events == ["prepare 1", "run 1", "answer 1", "prepare 2", "run 2", "answer 2", "end"]
+
+
+@pytest.mark.parametrize("fails_at", ["prepare 2", "run 2"])
+def test_an_answer_that_waits_is_not_lost_with_the_next_step(fails_at: str) -> None:
+    steps = with_plans(Steps(fails_at=fails_at), 1, 2, 3)
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run_plans(steps, steps.plans, steps.take)  # type: ignore[arg-type]
+
+    assert steps.events[-2:] == (["answer 1", "end"] if fails_at == "prepare 2" else ["run 2", "end"])
+    assert steps.events.count("answer 1") == 1
+
+
+# Through the servicer
+
+
+class Stream:
+    """A router that sends some plans, then says Bye or leaves its stream open."""
+
+    def __init__(self, num_plans: int, *, says_bye: bool) -> None:
+        self._incoming = [pb.ToShard(hello=pb.Hello(epoch=1))]
+        self._incoming += [pb.ToShard(plan=pb.StepPlan(step=step)) for step in range(1, num_plans + 1)]
+        if says_bye:
+            self._incoming.append(pb.ToShard(bye=pb.Bye()))
+        self.answers: list[pb.FromShard] = []
+
+    async def read(self) -> pb.ToShard:
+        if not self._incoming:
+            await asyncio.Event().wait()
+        return self._incoming.pop(0)
+
+    async def write(self, answer: pb.FromShard) -> None:
+        self.answers.append(answer)
+
+
+def served(worker: object, stream: Stream, monkeypatch: pytest.MonkeyPatch, step_timeout_s: float = PATIENCE_S) -> bool:
+    """Serves an epoch on that stream. Returns whether the process would have ended."""
+    ended: list[int] = []
+    monkeypatch.setattr("shard.server.os._exit", ended.append)
+    monkeypatch.setattr("shard.server.LAST_WORDS_S", 0.0)
+
+    async def serve() -> None:
+        servicer = ShardServicer(thread, step_timeout_s)
+        servicer.serve(worker)  # type: ignore[arg-type]
+        servicer._epoch = 1
+        await asyncio.wait_for(servicer.Execute(None, stream), PATIENCE_S)
+        await asyncio.sleep(0.01)
+
+    with ThreadPoolExecutor(1) as thread:
+        asyncio.run(serve())
+    return bool(ended)
+
+
+def test_all_plans_before_a_goodbye_are_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Stream(20, says_bye=True)
+
+    has_ended = served(Steps(), stream, monkeypatch)
+
+    assert not has_ended
+    assert [answer.output.step for answer in stream.answers[1:]] == [*range(1, 21)]
+
+
+def test_a_fault_comes_after_the_answers_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Stream(20, says_bye=False)
+
+    has_ended = served(Steps(fails_at="prepare 11"), stream, monkeypatch)
+
+    assert has_ended
+    assert [answer.output.step for answer in stream.answers[1:-1]] == [*range(1, 11)]
+    assert stream.answers[-1].fault.message == "RuntimeError: out of memory"
+
+
+def test_a_step_that_hangs_ends_the_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hanging(Steps):
+        released = threading.Event()
+
+        def run(self, step: int) -> pb.FromShard:
+            if step == 3:
+                self.released.wait(PATIENCE_S)
+            return super().run(step)
+
+    class Watched(Stream):
+        async def write(self, answer: pb.FromShard) -> None:
+            await super().write(answer)
+            if answer.HasField("fault"):
+                Hanging.released.set()
+
+    stream = Watched(5, says_bye=False)
+
+    has_ended = served(Hanging(), stream, monkeypatch, step_timeout_s=0.2)
+
+    assert has_ended
+    assert [answer.output.step for answer in stream.answers[1:-1]] == [1, 2]
+    assert stream.answers[-1].fault.message == "TimeoutError: a step has not ended within 0.2 s"
+
+
+def test_a_steps_time_begins_when_the_step_before_it_is_answered() -> None:
+    waiting = Waiting()
+    waiting.plan_came(at=1.0)
+    waiting.plan_came(at=2.0)
+    begun_at = waiting.since
+
+    before = time.perf_counter()
+    waiting.answer_came()
+
+    assert begun_at == 1.0
+    assert (waiting.num_plans, waiting.since >= before) == (1, True)
+
+
+def test_an_idle_epoch_does_not_time_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Idle(Stream):
+        async def read(self) -> pb.ToShard:
+            if len(self._incoming) == 2:
+                await asyncio.sleep(0.3)
+            return await super().read()
+
+    stream = Idle(2, says_bye=True)
+
+    assert not served(Steps(), stream, monkeypatch, step_timeout_s=0.1)
+    assert [answer.output.step for answer in stream.answers[1:]] == [1, 2]
