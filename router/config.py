@@ -15,6 +15,8 @@ from typing import Any, Final, NamedTuple, NoReturn, TypeVar, cast
 
 VERSION: Final = "0.1.0"
 ENV_PREFIX: Final = "SHARDSTREAM_"
+BUNDLED_MODEL_ID: Final = "smollm2-135m-instruct"
+"""Of the model that comes with the shards' package, which no hub knows by this name."""
 
 T = TypeVar("T")
 Value = str | int | float | bool | tuple[str, ...] | None
@@ -58,7 +60,7 @@ class Config:
     """The router's settings. None stands for "worked out at start"."""
 
     model_id: str = _option(
-        "smollm2-135m-instruct", "folder, hub id, or the bundled smollm2-135m-instruct", "Model", env="MODEL_ID"
+        BUNDLED_MODEL_ID, f"folder, hub id, or the bundled {BUNDLED_MODEL_ID}", "Model", env="MODEL_ID"
     )
     revision: str | None = _option(None, "hub revision", "Model", env="REVISION")
     served_model_name: str | None = _option(None, "name clients see; default: the model id", "Model")

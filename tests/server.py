@@ -10,13 +10,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 READY = re.compile(r"^Ready at (http://\S+)$", re.MULTILINE)
 PATIENCE_S = 120.0
+"""What nothing takes unless it is broken, on whatever machine. No test is slower for it."""
 WITHOUT_TORCH = (
     "import sys; sys.modules['torch'] = sys.modules['transformers'] = None; from router.__main__ import main; main()"
 )
@@ -76,12 +77,22 @@ def serving(*flags: str, code: str | None = None) -> Iterator[Server]:
 def _wait_until_ready(server: Server) -> str:
     deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
-        ready = READY.search(server.read_log())
+        has_ended = server.process.poll() is not None
+        log = server.read_log()
+        ready = READY.search(log)
         if ready:
             return ready[1]
-        assert server.process.poll() is None, f"the router ended:\n{server.read_log()}"
+        assert not has_ended, f"the router ended:\n{log}"
         time.sleep(0.05)
     raise AssertionError(f"the router is not ready:\n{server.read_log()}")
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Waits for what the test holds to come true."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {PATIENCE_S:.0f} s"
+        time.sleep(0.02)
 
 
 def is_alive(pid: int) -> bool:

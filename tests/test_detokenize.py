@@ -17,16 +17,14 @@ from router.errors import StartupError
 from router.text.detokenize import Detokenizer
 from router.text.output import OutputText, Piece
 from router.text.tokenizer import LONG_TEXT_CHARS, TextToken, Tokenizer
+from tests.shards import real_model
 from tests.tiny_tokenizers import byte_level, sentencepiece, tokenizer_of, wordpiece
 
 KINDS = {"byte_level": byte_level, "sentencepiece": sentencepiece, "wordpiece": wordpiece}
-REAL_MODEL = Path.home() / ".cache/shardstream/smollm2-135m-instruct"
 
 
 def real() -> FastTokenizer:
-    if not REAL_MODEL.is_dir():
-        pytest.skip("the real model is not converted yet")
-    fast: FastTokenizer = FastTokenizer.from_file(str(REAL_MODEL / "tokenizer.json"))
+    fast: FastTokenizer = FastTokenizer.from_file(str(real_model() / "tokenizer.json"))
     return fast
 
 
@@ -382,9 +380,7 @@ def test_load_refuses_decoders_that_cannot_be_streamed(tmp_path: Path) -> None:
 
 
 def test_specials_of_the_real_model() -> None:
-    real()
-
-    tokenizer = Tokenizer.load(REAL_MODEL)
+    tokenizer = Tokenizer.load(real_model())
 
     end = tokenizer.encode("<|im_end|>")
     assert len(end) == 1

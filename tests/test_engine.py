@@ -63,25 +63,32 @@ def over_ghosts(
     step_timeout_s: float = 120.0,
 ) -> None:
     """Runs `act` against an engine over a ghost group that a supervisor revives when it is lost."""
+    asyncio.run(act_over_ghosts(tokenizer, act, settings, faults, lookahead, step_timeout_s))
 
-    async def run() -> None:
-        metrics = Metrics(max_input_tokens=100, max_total_tokens=100)
-        async with (
-            ghost_group(settings, faults) as group,
-            engine_over(
-                group.addresses,
-                tokenizer,
-                max_step_tokens=32,
-                max_seats=16,
-                lookahead=lookahead,
-                step_timeout_s=step_timeout_s,
-                metrics=metrics,
-                restart=group.revive,
-            ) as engine,
-        ):
-            await act(group, engine, metrics)
 
-    asyncio.run(run())
+async def act_over_ghosts(
+    tokenizer: Tokenizer,
+    act: Callable[[GhostGroup, Engine, Metrics], Awaitable[None]],
+    settings: GhostSettings | None,
+    faults: tuple[Fault, ...],
+    lookahead: int,
+    step_timeout_s: float,
+) -> None:
+    metrics = Metrics(max_input_tokens=100, max_total_tokens=100)
+    async with (
+        ghost_group(settings, faults) as group,
+        engine_over(
+            group.addresses,
+            tokenizer,
+            max_step_tokens=32,
+            max_seats=16,
+            lookahead=lookahead,
+            step_timeout_s=step_timeout_s,
+            metrics=metrics,
+            restart=group.revive,
+        ) as engine,
+    ):
+        await act(group, engine, metrics)
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
@@ -123,15 +130,21 @@ def test_streams_survive_a_lost_epoch(tokenizer: Tokenizer, fault: Fault) -> Non
     over_ghosts(tokenizer, act, GhostSettings(world_size=2, num_blocks=200), (fault,))
 
 
-@pytest.mark.parametrize("kind", [FaultKind.HANG, FaultKind.DROP])
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_does_not_answer_in_time_ends_the_epoch(tokenizer: Tokenizer, kind: FaultKind, rank: int) -> None:
+def test_a_rank_that_does_not_answer_in_time_ends_the_epoch(tokenizer: Tokenizer) -> None:
+    """Four groups at once, each with another rank that is silent in another way: they wait for a time that no rank of
+    the next epoch takes, however busy the machine is."""
+
     async def act(group: GhostGroup, engine: Engine, metrics: Metrics) -> None:
         await assert_all_right(engine, make_prompts(6), num_new=10)
 
         assert metrics.value("shardstream_group_restarts_count") == 1
 
-    over_ghosts(tokenizer, act, GhostSettings(world_size=2), (Fault(rank, 3, kind),), step_timeout_s=0.5)
+    async def run() -> None:
+        faults = [Fault(rank, 3, kind) for rank in (0, 1) for kind in (FaultKind.HANG, FaultKind.DROP)]
+        settings = GhostSettings(world_size=2)
+        await asyncio.gather(*(act_over_ghosts(tokenizer, act, settings, (fault,), 1, 4.0) for fault in faults))
+
+    asyncio.run(run())
 
 
 def test_a_rank_that_is_slow_but_alive_is_waited_for(tokenizer: Tokenizer) -> None:
@@ -296,9 +309,12 @@ def test_an_engine_that_shuts_down_refuses_and_drains(tokenizer: Tokenizer) -> N
 
         with pytest.raises(NotReady):
             engine.submit(greedy([5], 3))
-        await engine.drain(timeout_s=0.6)
-        assert not engine.ready
+        draining = asyncio.create_task(engine.drain(timeout_s=60))
         assert ids(await running) == oracle([1, 2], 3)
+        assert not draining.done()
+        draining.cancel()
+        await engine.drain(timeout_s=0)
+        assert not engine.ready
         with pytest.raises(NotReady):
             await endless
 
@@ -342,14 +358,14 @@ def test_a_sequence_that_fails_is_logged_by_its_names(tokenizer: Tokenizer, capl
 
 def test_a_group_that_comes_back_with_another_model_is_given_up(tokenizer: Tokenizer) -> None:
     async def act(group: GhostGroup, engine: Engine, metrics: Metrics) -> None:
-        stream = asyncio.create_task(collect(engine.submit(greedy([1, 2], 40))))
-        await asyncio.sleep(0.05)
+        generation = engine.submit(greedy([1, 2], 40))
+        await anext(aiter(generation))
         for host in group.hosts:
             host.settings = replace(host.settings, vocab_size=98)
         await group.kill(0)
 
         with pytest.raises(NotReady):
-            await stream
+            await collect(generation)
         assert not engine.ready
 
     with pytest.raises(StartupError, match="another model: vocab_size"):
@@ -360,12 +376,12 @@ def test_ranks_that_do_not_belong_together_are_refused() -> None:
     async def run() -> None:
         async with ghost_group(GhostSettings(world_size=2)) as group:
             with pytest.raises(StartupError, match="2 ranks but 1"):
-                await GroupClient(group.addresses[:1], Demands(4, 16)).connect(find_s=1, load_s=1)
+                await GroupClient(group.addresses[:1], Demands(4, 16)).connect(find_s=60, load_s=60)
             with pytest.raises(StartupError, match=r"ranks \[1, 0\]"):
-                await GroupClient(group.addresses[::-1], Demands(4, 16)).connect(find_s=1, load_s=1)
+                await GroupClient(group.addresses[::-1], Demands(4, 16)).connect(find_s=60, load_s=60)
         async with ghost_group(GhostSettings(num_blocks=1)) as small:
             with pytest.raises(StartupError, match="too little"):
-                await GroupClient(small.addresses, Demands(4, 16)).connect(find_s=1, load_s=1)
+                await GroupClient(small.addresses, Demands(4, 16)).connect(find_s=60, load_s=60)
 
     asyncio.run(run())
 
@@ -374,11 +390,11 @@ def test_one_router_at_a_time_drives_a_group() -> None:
     async def run() -> None:
         async with ghost_group() as group:
             first, second = (GroupClient(group.addresses, Demands(4, 16)) for _ in range(2))
-            info = await first.connect(find_s=1, load_s=1)
+            info = await first.connect(find_s=60, load_s=60)
             with pytest.raises(GroupLost, match="another router"):
-                await second.connect(find_s=1, load_s=1)
+                await second.connect(find_s=60, load_s=60)
             await first.close(goodbye=True)
-            again = await second.connect(find_s=1, load_s=1)
+            again = await second.connect(find_s=60, load_s=60)
             await second.close(goodbye=True)
 
             assert again.epoch > info.epoch

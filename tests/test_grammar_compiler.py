@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import anyio
 import pytest
@@ -22,7 +25,7 @@ from router.text.grammar import Grammar, GrammarKind, InvalidGrammar, Unsupporte
 from router.text.grammar_compiler import GrammarCompiler
 from router.text.tokenizer import Tokenizer
 from router.validate import Capacity, Limits, Parameters, Validator
-from tests.server import is_alive
+from tests.server import PATIENCE_S, is_alive
 from tests.tiny_tokenizers import byte_level, tokenizer_of, wordpiece
 
 TOKENIZER = tokenizer_of(byte_level())
@@ -111,7 +114,7 @@ def alternatives(num_rules: int) -> Grammar:
 @pytest.mark.parametrize(
     ("grammar", "cause"),
     [
-        (chain(4_500), "it takes too much memory to compile"),
+        (chain(4_500), "it takes too much (time|memory) to compile"),
         (alternatives(800), "it takes too much (time|memory) to compile"),
         (schema({"const": "x" * 60_000}), "it takes too much (time|memory)"),
     ],
@@ -127,13 +130,17 @@ def test_what_ends_a_process_is_refused_and_the_next_is_served(
 
 
 @pytest.mark.parametrize(
-    ("deed", "end"),
-    [("bytearray(200 * 2**20)", 1), ("while True: pass", -signal.SIGPROF), ("time.sleep(60)", -signal.SIGALRM)],
+    ("deed", "wall_s", "end"),
+    [
+        ("bytearray(200 * 2**20)", PATIENCE_S, 1),
+        ("while True: pass", PATIENCE_S, -signal.SIGPROF),
+        ("time.sleep(600)", 0.5, -signal.SIGALRM),
+    ],
     ids=["memory", "work", "time"],
 )
-def test_each_limit_ends_a_fork(deed: str, end: int) -> None:
-    code = f"import time\nfrom router.text import grammar_process\ngrammar_process._limit_resources()\n{deed}"
-    done = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, timeout=60, check=False)
+def test_each_limit_ends_a_fork(deed: str, wall_s: float, end: int) -> None:
+    code = f"import time\nfrom router.text import grammar_process\ngrammar_process._limit_resources({wall_s})\n{deed}"
+    done = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, timeout=PATIENCE_S, check=False)
 
     assert done.returncode == end
     assert end != 1 or b"MemoryError" in done.stderr
@@ -178,6 +185,66 @@ def test_a_process_that_is_gone_is_replaced() -> None:
     assert process.stdin.closed, "its pipes stay open"
 
 
+def test_a_grammar_that_a_busy_machine_holds_up_is_not_said_to_be_bad(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = GrammarCompiler(TOKENIZER.describe, TOKENIZER.vocab_size, [EOS])
+    with monkeypatch.context() as impatient:
+        impatient.setattr(grammar_compiler, "WALL_PART", 1e-6 / grammar_compiler.MAX_WAIT_S)
+        with pytest.raises(Overloaded):
+            compile_(compiler, WORD)
+    assert compiler._process is not None
+    lose_process(compiler._process, b"")
+
+    assert "[a-z]+" in compile_(compiler, WORD), "what was held up is remembered as bad"
+
+
+def break_pipe(process: subprocess.Popen[bytes], line: bytes) -> None:
+    raise BrokenPipeError
+
+
+def reset_connection(process: subprocess.Popen[bytes], line: bytes) -> None:
+    raise ConnectionResetError
+
+
+def lose_process(process: subprocess.Popen[bytes], line: bytes) -> None:
+    process.kill()
+    process.wait()
+
+
+def cut_answer(process: subprocess.Popen[bytes], line: bytes) -> None:
+    lose_process(process, line)
+    assert process.stdout is not None
+    process.stdout.close()
+    process.stdout = io.BytesIO(b'{"source": "half an ans')
+
+
+@pytest.mark.parametrize("fail", [break_pipe, reset_connection, lose_process, cut_answer])
+def test_whatever_becomes_of_the_process_its_client_is_told_to_come_back(
+    monkeypatch: pytest.MonkeyPatch, fail: Callable[[subprocess.Popen[bytes], bytes], None]
+) -> None:
+    compiler = GrammarCompiler(TOKENIZER.describe, TOKENIZER.vocab_size, [EOS])
+    compile_(compiler, WORD)
+    another = Grammar(GrammarKind.REGEX, "another")
+    with monkeypatch.context() as broken:
+        broken.setattr(grammar_compiler, "_write_line", fail)
+        with pytest.raises(Overloaded):
+            compile_(compiler, another)
+
+    assert "another" in compile_(compiler, another)
+
+
+def test_a_process_that_cannot_be_started_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOMEM, "no memory for another process")
+
+    compiler = GrammarCompiler(TOKENIZER.describe, TOKENIZER.vocab_size, [EOS])
+    with monkeypatch.context() as full:
+        full.setattr(subprocess, "Popen", refuse)
+        with pytest.raises(Overloaded):
+            compile_(compiler, WORD)
+
+    assert "[a-z]+" in compile_(compiler, WORD)
+
+
 def test_who_waits_too_long_is_told_to_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = GrammarCompiler(TOKENIZER.describe, TOKENIZER.vocab_size, [EOS])
     compile_(compiler, WORD)
@@ -198,6 +265,74 @@ def test_grammars_at_once_get_their_own_answers(compiler: GrammarCompiler) -> No
 
     for index, source in enumerate(anyio.run(run)):
         assert f"at once {index}" in source
+
+
+class Counting(GrammarCompiler):
+    """Counts what it asks its process, which answers when it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__(TOKENIZER.describe, TOKENIZER.vocab_size, [EOS])
+        self.num_asked = 0
+        self.may_answer = threading.Event()
+
+    def _converse(self, request: bytes) -> bytes:
+        self.num_asked += 1
+        assert self.may_answer.wait(PATIENCE_S)
+        return super()._converse(request)
+
+
+async def begin(compiler: GrammarCompiler, grammar: Grammar) -> asyncio.Task[str]:
+    task = asyncio.create_task(compiler.compile(grammar))
+    await asyncio.sleep(0)
+    return task
+
+
+@pytest.mark.parametrize("grammar", [WORD, Grammar(GrammarKind.REGEX, "(a")], ids=["good", "bad"])
+def test_equal_grammars_at_once_are_compiled_once(grammar: Grammar) -> None:
+    compiler = Counting()
+
+    async def run() -> list[str | BaseException]:
+        tasks = [await begin(compiler, grammar) for _ in range(5)]
+        compiler.may_answer.set()
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    answers = [str(answer) for answer in anyio.run(run)]
+    assert compiler.num_asked == 1
+    assert answers == [answers[0]] * 5
+    assert ("[a-z]+" in answers[0]) is (grammar is WORD)
+    assert compiler._running == {}
+
+
+@pytest.mark.parametrize("leaver", [0, 1], ids=["who asked first", "who joined"])
+def test_a_client_that_leaves_takes_no_grammar_from_the_others(leaver: int) -> None:
+    compiler = Counting()
+
+    async def run() -> str:
+        tasks = [await begin(compiler, WORD) for _ in range(2)]
+        tasks[leaver].cancel()
+        await asyncio.wait([tasks[leaver]])
+        compiler.may_answer.set()
+        return await tasks[1 - leaver]
+
+    assert "[a-z]+" in anyio.run(run)
+    assert compiler.num_asked == 1
+
+
+def test_what_nobody_waits_for_any_more_is_not_compiled() -> None:
+    compiler = Counting()
+
+    async def run() -> str:
+        first = await begin(compiler, Grammar(GrammarKind.REGEX, "first"))
+        left = [await begin(compiler, WORD) for _ in range(2)]
+        for task in left:
+            task.cancel()
+        await asyncio.wait(left)
+        compiler.may_answer.set()
+        return await first
+
+    assert "first" in anyio.run(run)
+    assert compile_(compiler, Grammar(GrammarKind.REGEX, "last"))
+    assert compiler.num_asked == 2
 
 
 def test_a_tokenizer_that_llguidance_cannot_use_supports_no_grammar() -> None:
@@ -225,7 +360,7 @@ from tests.test_grammar_compiler import EOS, TOKENIZER, WORD, GrammarCompiler, c
 compiler = GrammarCompiler(TOKENIZER.describe, TOKENIZER.vocab_size, [EOS])
 compile_(compiler, WORD)
 print(process_of(compiler), flush=True)
-time.sleep(60)
+time.sleep(600)
 """
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as router:
         assert router.stdout is not None
@@ -236,7 +371,7 @@ time.sleep(60)
 
 
 def assert_it_ends(pid: int) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_S
     while is_alive(pid) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not is_alive(pid)

@@ -66,17 +66,17 @@ def test_what_is_not_finite_is_stored_as_zero() -> None:
 
 
 def test_memory_is_taken_when_it_is_written_and_given_back_with_the_cache() -> None:
-    gigabyte = 1 << 30
+    quarter = 1 << 28
     resident_before, mapped_before = memory_bytes()
 
-    cache = KVCache([LAYERS[1]], num_blocks=gigabyte // 64, block_size=4, dtype=torch.float32, device=CPU)
+    cache = KVCache([LAYERS[1]], num_blocks=quarter // 64, block_size=4, dtype=torch.float32, device=CPU)
     cache.write(0, torch.tensor([8]), torch.ones(1, 1, 8), torch.ones(1, 1, 8))
     resident, mapped = memory_bytes()
 
-    assert mapped - mapped_before >= 4 * gigabyte
-    assert resident - resident_before < gigabyte // 16
+    assert mapped - mapped_before >= 4 * quarter
+    assert resident - resident_before < quarter // 8
     del cache
-    assert memory_bytes()[1] < mapped - 3 * gigabyte
+    assert memory_bytes()[1] < mapped - 3 * quarter
 
 
 def memory_bytes() -> tuple[int, int]:

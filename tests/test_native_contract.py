@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import socket
 import struct
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, WatermarkDetector, WatermarkingConfig
 
 from tests import grafana
-from tests.server import PATIENCE_S, Server, serving
+from tests.server import PATIENCE_S, Server, serving, until
 
 Json = dict[str, Any]
 
@@ -31,7 +32,9 @@ TOLERANCE = 1e-4
 GAMMA, DELTA = 0.25, 4.0
 NUM_CLIENTS = 50
 PROMPT = "The lighthouse keeper wrote every evening into the same book:"
-SETTLED_S = 30.0
+MAX_ROUNDS = 8
+MAX_GROWTH_BYTES = 1 << 20
+"""Of a round of killed clients: 20 kB of each would show."""
 
 
 @pytest.fixture(scope="module")
@@ -58,14 +61,11 @@ def metrics_of(server: Server) -> str:
 
 
 def metric(server: Server, name: str) -> float:
-    return next(float(line.split()[1]) for line in metrics_of(server).splitlines() if line.startswith(f"{name} "))
+    return value_in(metrics_of(server), name)
 
 
-def until(condition: Callable[[], bool], patience_s: float = SETTLED_S) -> None:
-    deadline = time.monotonic() + patience_s
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {patience_s} s"
-        time.sleep(0.05)
+def value_in(metrics: str, name: str) -> float:
+    return next(float(line.split()[1]) for line in metrics.splitlines() if line.startswith(f"{name} "))
 
 
 # Numbers
@@ -174,16 +174,21 @@ def kill_clients(server: Server) -> float:
     for index, client in enumerate(clients):
         client.die(reset=index % 2 == 0)
     died_at = time.monotonic()
-    names = ("tgi_batch_current_size", "tgi_queue_size", "shardstream_kv_cache_utilization")
-    until(lambda: not any(metric(server, name) for name in names))
+    until(lambda: is_idle(server))
     settled_s = time.monotonic() - died_at
     assert metric(server, "shardstream_cancelled_count") - cancelled_before == NUM_CLIENTS
     return settled_s
 
 
+def is_idle(server: Server) -> bool:
+    metrics = metrics_of(server)
+    names = ("tgi_batch_current_size", "tgi_queue_size", "shardstream_kv_cache_utilization")
+    return not any(value_in(metrics, name) for name in names)
+
+
 def resident_bytes(server: Server) -> int:
     pages = Path(f"/proc/{server.process.pid}/statm").read_text().split()[1]
-    return int(pages) * 4096
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
 def num_open_files(server: Server) -> int:
@@ -191,14 +196,22 @@ def num_open_files(server: Server) -> int:
 
 
 def test_clients_killed_inside_their_streams_leave_nothing(server: Server) -> None:
+    """In the best of some rounds: a busy machine may hold up any of them, and memory grows now and then for reasons of
+    its own. What is really left behind, or waited for, is so in every round."""
     num_open = num_open_files(server)
-    settled_s = [kill_clients(server)]
-    resident = resident_bytes(server)
-    settled_s += [kill_clients(server) for _ in range(2)]
+    kill_clients(server)
+    settled_s, growth_bytes = [], []
 
-    assert min(settled_s) < 1.0, "the best of three, because a busy machine may hold up any of them"
+    for _ in range(MAX_ROUNDS):
+        resident = resident_bytes(server)
+        settled_s.append(kill_clients(server))
+        growth_bytes.append(resident_bytes(server) - resident)
+        if min(settled_s) < 1.0 and min(growth_bytes) < MAX_GROWTH_BYTES:
+            break
+
+    assert min(settled_s) < 1.0
+    assert min(growth_bytes) < MAX_GROWTH_BYTES
     until(lambda: num_open_files(server) <= num_open)
-    assert resident_bytes(server) - resident < 8 << 20
     assert generate(server, PROMPT, max_new_tokens=4)["generated_tokens"] == 4
 
 
@@ -232,26 +245,35 @@ def scraping(server: Server, directory: Path) -> Iterator[Prometheus]:
     url = httpx.URL(server.url)
     target = {"targets": [f"{url.host}:{url.port}"], "labels": {"container": grafana.SERVICE}}
     config = {
-        "global": {"scrape_interval": "1s", "scrape_timeout": "1s"},
+        "global": {"scrape_interval": "2s", "scrape_timeout": "2s"},
         "scrape_configs": [{"job_name": "router", "static_configs": [target]}],
     }
     (directory / "prometheus.yml").write_text(json.dumps(config))  # JSON is YAML
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    process = subprocess.Popen(
-        [
-            *("prometheus", f"--config.file={directory}/prometheus.yml", f"--storage.tsdb.path={directory}/data"),
-            *(f"--web.listen-address={address}", "--log.level=error"),
-        ]
-    )
+    process, prometheus = start_prometheus(directory)
     try:
-        prometheus = Prometheus(f"http://{address}")
-        until(prometheus.is_up, PATIENCE_S)
         yield prometheus
     finally:
         process.terminate()
         process.wait(PATIENCE_S)
+
+
+def start_prometheus(directory: Path) -> tuple[subprocess.Popen[bytes], Prometheus]:
+    """On a port that nobody has; it ends at once if somebody has taken it in between."""
+    for _ in range(5):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        process = subprocess.Popen(
+            [
+                *("prometheus", f"--config.file={directory}/prometheus.yml", f"--storage.tsdb.path={directory}/data"),
+                *(f"--web.listen-address={address}", "--log.level=error"),
+            ]
+        )
+        prometheus = Prometheus(f"http://{address}")
+        until(lambda ended=process.poll, is_up=prometheus.is_up: ended() is not None or is_up())
+        if process.poll() is None:
+            return process, prometheus
+    raise AssertionError("Prometheus does not start")
 
 
 def put_under_mixed_load(server: Server) -> None:
@@ -272,18 +294,21 @@ def put_under_mixed_load(server: Server) -> None:
     client.die(reset=True)
 
 
+def expressions_without_data(prometheus: Prometheus) -> list[str]:
+    wanted = [*grafana.expressions(), f'sum(increase(tgi_request_success{{container="{grafana.SERVICE}"}}[1m])) > 0']
+    answers = {expression: prometheus.query(expression) for expression in wanted}
+    return [e for e, values in answers.items() if not values or all(value != value for value in values)]
+
+
 @pytest.mark.skipif(shutil.which("prometheus") is None, reason="needs prometheus, of Debian's package of that name")
 def test_tgis_dashboard_shows_data(server: Server, tmp_path: Path) -> None:
+    """Sooner or later: a scrape that a busy machine was too slow for leaves a hole."""
+    assert len(grafana.expressions()) >= 45
     with scraping(server, tmp_path) as prometheus:
         put_under_mixed_load(server)
-        num_done = metric(server, "tgi_request_success")
-        until(lambda: prometheus.query("tgi_request_success") == [num_done])
 
-        answers = {expression: prometheus.query(expression) for expression in grafana.expressions()}
+        deadline = time.monotonic() + PATIENCE_S
+        while (missing := expressions_without_data(prometheus)) and time.monotonic() < deadline:
+            time.sleep(0.5)
 
-    without_data = [e for e, values in answers.items() if not values or all(value != value for value in values)]
-    assert without_data == []
-    assert len(answers) >= 45
-    assert any(
-        value > 0 for value in answers[f'sum(increase(tgi_request_success{{container="{grafana.SERVICE}"}}[1m]))']
-    )
+    assert missing == []

@@ -7,7 +7,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
-from datetime import date, timedelta
+from datetime import date
 
 import anyio
 import anyio.lowlevel
@@ -39,6 +39,16 @@ PLAIN: dict[str, Json] = {
 STREAMS: dict[str, Json] = {"/generate_stream": GREEDY} | {
     path: body | {"stream": True} for path, body in PLAIN.items() if path != "/generate"
 }
+
+
+def a_day(day: int) -> type[date]:
+    return type("Day", (date,), {"today": classmethod(lambda cls: date(2024, 1, day))})
+
+
+@pytest.fixture(autouse=True)
+def _no_midnight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two requests of a test: another day is another request."""
+    monkeypatch.setattr(replay, "date", a_day(1))
 
 
 def caching(engine: FakeEngine | None = None, **settings: object) -> Client:
@@ -248,15 +258,9 @@ def test_another_day_is_another_request(monkeypatch: pytest.MonkeyPatch) -> None
     body = PLAIN["/v1/chat/completions"]
     assert compute_types(client, "/v1/chat/completions", body) == [MADE, CACHED]
 
-    monkeypatch.setattr(replay, "date", Tomorrow)
+    monkeypatch.setattr(replay, "date", a_day(2))
 
     assert compute_types(client, "/v1/chat/completions", body) == [MADE, CACHED]
-
-
-class Tomorrow(date):
-    @classmethod
-    def today(cls) -> date:  # type: ignore[override]
-        return date.today() + timedelta(days=1)
 
 
 def test_layout_of_the_json_makes_no_difference() -> None:

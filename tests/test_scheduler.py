@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 
 import pytest
 
+from router.core import scheduler as scheduler_module
 from router.core.plan import RowOutput, SampledToken, StepOutput, StepPlan
 from router.core.request import FinishReason, Request, Sampling, Sequence, SequenceState
 from router.core.scheduler import POISON_FAULT, Emission, Limits, Scheduler
@@ -77,6 +78,48 @@ def test_a_prompt_that_is_wholly_in_memory_still_feeds_its_last_block() -> None:
 
     assert again.num_hit_tokens == 4
     assert house.plans[-1].rows[0].literals == [5, 6, 7, 8]
+
+
+FAR = 2**31 - 1
+"""An id that takes five bytes on the wire."""
+
+LARGE_OPENS = {
+    "forbidden words": (1200, Sampling(bad_words=((FAR,),) * 50 + ((FAR,) * 3000,)), ""),
+    "biases": (1200, Sampling(logit_bias=((FAR, -1.5),) * 2000), ""),
+    "a grammar": (200, Sampling(), "force:1/" + "9" * 4000),
+    "a history": (1200, Sampling(repetition_penalty=1.5), ""),
+}
+
+
+@pytest.mark.parametrize(("num_prompt_tokens", "sampling", "grammar"), LARGE_OPENS.values(), ids=LARGE_OPENS)
+def test_sequences_whose_opens_are_large_begin_in_several_plans(
+    monkeypatch: pytest.MonkeyPatch, num_prompt_tokens: int, sampling: Sampling, grammar: str
+) -> None:
+    monkeypatch.setattr(scheduler_module, "MAX_OPENS_BYTES", 60_000)
+    prompt = tuple(1 + n % 96 for n in range(num_prompt_tokens))
+    house = House(Limits(num_blocks=900, block_size=4, max_seats=16, max_step_tokens=4096))
+    request = Request("r" * 128, prompt, 3, sampling, grammar=grammar, trace_id="t" * 32)
+    house.add(request)
+    house.run()
+
+    for _ in range(12):
+        house.add(request)
+    house.run()
+
+    sizes = [[open_.ByteSize() for open_ in encode_plan(plan).opens] for plan in house.plans]
+    assert max(map(sum, sizes)) <= 60_000
+    assert 1 < max(map(len, sizes)) < 12
+
+
+def test_a_sequence_whose_open_is_larger_than_that_begins_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler_module, "MAX_OPENS_BYTES", 100)
+    house = House()
+    for _ in range(3):
+        house.add(make_request(range(1, 6)))
+
+    house.run()
+
+    assert [len(plan.opens) for plan in house.plans[:3]] == [1, 1, 1]
 
 
 def test_prompts_of_different_salt_share_nothing() -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -21,16 +22,24 @@ from shard.kernels.native import PeerError, library
 needs_library = pytest.mark.skipif(library() is None, reason="the native operations are not built for this machine")
 
 CPU = torch.device("cpu")
-TIMEOUT_S = 60.0
+TIMEOUT_S = 120.0
 
 Work = Callable[[RankGroup, Connection], None]
 
 
-def run_rank(work: Work, rank: int, world_size: int, store: Path, pipe: Connection, without_library: bool) -> None:
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """Of shared memory, for a test's own ranks: where all others keep theirs, files come and go."""
+    with tempfile.TemporaryDirectory(prefix="test-", dir=distributed._directory()) as path:
+        yield Path(path)
+
+
+def run_rank(work: Work, rank: int, world_size: int, folder: Path, pipe: Connection, without_library: bool) -> None:
     torch.set_num_threads(1)
+    distributed._SHARED_MEMORY = folder
     if without_library:
         distributed.library = lambda: None
-    group = connect(rank, world_size, str(store), CPU, TIMEOUT_S)
+    group = connect(rank, world_size, str(folder / "store"), CPU, TIMEOUT_S)
     work(group, pipe)
     group.close()
 
@@ -38,12 +47,12 @@ def run_rank(work: Work, rank: int, world_size: int, store: Path, pipe: Connecti
 class Ranks:
     """Processes that run `work`, and a pipe to each."""
 
-    def __init__(self, work: Work, world_size: int, store: Path, without_library: int | None = None) -> None:
+    def __init__(self, work: Work, world_size: int, folder: Path, without_library: int | None = None) -> None:
         spawn = multiprocessing.get_context("spawn")
         pairs = [spawn.Pipe() for _ in range(world_size)]
         self.pipes = [ours for ours, _ in pairs]
         self.processes = [
-            spawn.Process(target=run_rank, args=(work, rank, world_size, store, theirs, rank == without_library))
+            spawn.Process(target=run_rank, args=(work, rank, world_size, folder, theirs, rank == without_library))
             for rank, (_, theirs) in enumerate(pairs)
         ]
         for process in self.processes:
@@ -76,9 +85,8 @@ def use_every_collective(group: RankGroup, pipe: Connection) -> None:
 
 
 @needs_library
-def test_three_ranks_compute_the_same_through_shared_memory(tmp_path: Path) -> None:
-    before = set(distributed._directory().glob("shardstream-*"))
-    ranks = Ranks(use_every_collective, 3, tmp_path / "store")
+def test_three_ranks_compute_the_same_through_shared_memory(folder: Path) -> None:
+    ranks = Ranks(use_every_collective, 3, folder)
 
     answers = [pipe.recv() for pipe in ranks.pipes]
     ranks.join()
@@ -95,7 +103,7 @@ def test_three_ranks_compute_the_same_through_shared_memory(tmp_path: Path) -> N
     assert strided == (torch.arange(12.0).view(3, 4).t() * 6).tolist()
     assert told == [1, 1, 1, 1]
     assert joined == [[0.0] * 3 + [1.0] * 4 + [2.0] * 5] * 2
-    assert set(distributed._directory().glob("shardstream-*")) <= before, "a file was left behind"
+    assert list(folder.glob("shardstream-*")) == [], "a file was left behind"
 
 
 def sum_until_alone(group: RankGroup, pipe: Connection) -> None:
@@ -110,8 +118,8 @@ def sum_until_alone(group: RankGroup, pipe: Connection) -> None:
 
 
 @needs_library
-def test_a_rank_that_waits_for_a_dead_one_hears_of_it(tmp_path: Path) -> None:
-    ranks = Ranks(sum_until_alone, 2, tmp_path / "store")
+def test_a_rank_that_waits_for_a_dead_one_hears_of_it(folder: Path) -> None:
+    ranks = Ranks(sum_until_alone, 2, folder)
     for pipe in ranks.pipes:
         pipe.recv()
 
@@ -132,8 +140,8 @@ def sum_with_one_late(group: RankGroup, pipe: Connection) -> None:
 
 
 @needs_library
-def test_a_rank_waits_for_one_that_is_slow(tmp_path: Path) -> None:
-    ranks = Ranks(sum_with_one_late, 2, tmp_path / "store")
+def test_a_rank_waits_for_one_that_is_slow(folder: Path) -> None:
+    ranks = Ranks(sum_with_one_late, 2, folder)
 
     assert not ranks.pipes[0].poll(timeout=1)
     ranks.pipes[1].send(None)
@@ -143,8 +151,8 @@ def test_a_rank_waits_for_one_that_is_slow(tmp_path: Path) -> None:
     ranks.join()
 
 
-def test_ranks_use_sockets_when_one_of_them_cannot_share_memory(tmp_path: Path) -> None:
-    ranks = Ranks(use_every_collective, 3, tmp_path / "store", without_library=1)
+def test_ranks_use_sockets_when_one_of_them_cannot_share_memory(folder: Path) -> None:
+    ranks = Ranks(use_every_collective, 3, folder, without_library=1)
 
     answers = [pipe.recv() for pipe in ranks.pipes]
     ranks.join()

@@ -41,6 +41,11 @@ from router.core.speculation import Speculation
 NUM_DEATHS_BEFORE_PROBATION: Final = 2
 MAX_GUESSING_ROWS: Final = 4
 """In a larger batch a row's guesses cost as much as tokens that are certain to be used."""
+MAX_OPENS_BYTES: Final = 16 << 20
+"""Of all opens of a plan, on the wire, where a message has room for 64 MiB. Many clients may send their longest lists
+of forbidden words at once, or share a prefix of a hundred thousand tokens under rules that look back at it."""
+MAX_OPEN_NAMES_BYTES: Final = 1024
+"""An open's names and numbers."""
 CONTRADICTION_FAULT: Final = "another token came than the grammar had left"
 POISON_FAULT: Final = "the shards died each time they worked on it"
 
@@ -108,6 +113,10 @@ class Counters:
     num_poisoned: int = 0
     num_rows_by_accepted: list[int] = field(default_factory=list)
     """Of rows with drafts, how many had 0, 1, ... of them accepted."""
+    num_skipped_tokens: int = 0
+    """Emitted tokens that no row of their own was needed for: accepted drafts and forced ones."""
+    num_rows_by_skipped: list[int] = field(default_factory=list)
+    """Of rows that emitted several tokens, how many skipped 0, 1, ... of them, or as many as the last or more."""
     num_drafted_tokens: int = 0
 
 
@@ -125,6 +134,8 @@ class _Draft:
     budget: int
     num_spare_blocks: int = 0
     """Free ones beyond those that the rows to come need."""
+    num_open_bytes: int = 0
+    """What the opens take on the wire, at most."""
     has_prompts: bool = False
     has_drafts: bool = False
     opens: list[Open] = field(default_factory=list)
@@ -143,7 +154,9 @@ class Scheduler:
     def __init__(
         self, limits: Limits, *, prefix_seed: bytes = b"", prefix_caching: bool = True, max_drafts: int = 0
     ) -> None:
-        self.counters = Counters(num_rows_by_accepted=[0] * (max_drafts + 1))
+        self.counters = Counters(
+            num_rows_by_accepted=[0] * (max_drafts + 1), num_rows_by_skipped=[0] * (max_drafts + 2)
+        )
         self._max_drafts = max_drafts
         self._prefix_seed = prefix_seed
         self._prefix_caching = prefix_caching
@@ -312,8 +325,9 @@ class Scheduler:
     def _num_spare_blocks(self, decodes: list[Sequence]) -> int:
         """Free blocks that the decodes do not need; below 0: that many are missing. Prompts have all their blocks since
         they were admitted."""
-        num_lacking = sum(self._num_lacking(s, s.num_planned + s.num_to_feed) for s in decodes)
-        return self._pool.num_free - num_lacking
+        block_size = self._limits.block_size
+        growing = [s for s in decodes if s.num_planned + s.num_to_feed > len(s.blocks) * block_size]
+        return self._pool.num_free - sum(self._num_lacking(s, s.num_planned + s.num_to_feed) for s in growing)
 
     def _num_lacking(self, sequence: Sequence, num_tokens: int) -> int:
         """Blocks to add to a sequence's table so that it holds so many tokens."""
@@ -418,6 +432,10 @@ class Scheduler:
         num_taken = num_new + sum(self._pool.is_free(block) for block in hits)
         if num_taken + self._num_kept_free() > self._pool.num_free:
             return False
+        num_open_bytes = _open_bytes(sequence, len(hits), self._limits.block_size)
+        if draft.opens and draft.num_open_bytes + num_open_bytes > MAX_OPENS_BYTES:
+            return False
+        draft.num_open_bytes += num_open_bytes
         self._pool.share(hits)
         new_blocks = [self._pool.take() for _ in range(num_new)]
         self._seat(draft, sequence, hits)
@@ -449,7 +467,7 @@ class Scheduler:
         self.counters.num_admitted_tokens += len(sequence.tokens)
         self.counters.num_hit_tokens += num_cached
         request = sequence.request
-        history = sequence.tokens[:num_cached] if request.sampling.looks_back or request.grammar else []
+        history = sequence.tokens[:num_cached] if _needs_history(request) else []
         num_prompt_tokens = sequence.num_prompt_tokens
         draft.opened.append(sequence)
         draft.opens.append(
@@ -533,9 +551,10 @@ class Scheduler:
 
         So a prompt can be hit by the next sequence of the same plan: in a step, all rows write before any row reads.
         """
-        if self._hasher is None:
-            return
-        num_full = min(sequence.num_planned, len(sequence.tokens)) // self._limits.block_size
+        block_size = self._limits.block_size
+        if self._hasher is None or sequence.num_planned < (sequence.num_registered_blocks + 1) * block_size:
+            return  # as in nearly every step
+        num_full = min(sequence.num_planned, len(sequence.tokens)) // block_size
         while sequence.num_registered_blocks < num_full:
             index = sequence.num_registered_blocks
             self._pool.register(sequence.blocks[index], self._block_key(sequence, index, self._hasher))
@@ -582,6 +601,8 @@ class Scheduler:
                 self.counters.num_dropped_tokens += len(tokens) - num_taken
                 tokens = tokens[:num_taken]
                 break
+        if len(tokens) > 1:
+            self._count_skipped(len(tokens) - 1)
         if sequence.num_deaths:
             self._acquit(sequence)
         if finish is None and answer.forced:
@@ -598,6 +619,11 @@ class Scheduler:
         self.counters.num_drafted_tokens += sequence.num_drafts
         self.counters.num_rows_by_accepted[num_accepted] += 1
         sequence.num_drafts = 0
+
+    def _count_skipped(self, num_tokens: int) -> None:
+        by_skipped = self.counters.num_rows_by_skipped
+        self.counters.num_skipped_tokens += num_tokens
+        by_skipped[min(num_tokens, len(by_skipped) - 1)] += 1
 
     def _take_token(self, sequence: Sequence, token_id: int) -> bool:
         """Counts the next token as scored. False: it was forced, and then another one came."""
@@ -693,6 +719,19 @@ class Scheduler:
         if not self._outstanding:
             in_flight = [sequence.arrival for sequence in self._running if sequence.num_in_flight]
             assert not in_flight, f"{in_flight} are in flight, but no plan is outstanding"
+
+
+def _needs_history(request: Request) -> bool:
+    """Whether a shard has to know tokens that it is not fed."""
+    return request.sampling.looks_back or bool(request.grammar)
+
+
+def _open_bytes(sequence: Sequence, num_hits: int, block_size: int) -> int:
+    """No less than the sequence's open takes on the wire: ids of up to five bytes, floats of four."""
+    request, sampling = sequence.request, sequence.request.sampling
+    num_ids = num_hits + (num_hits * block_size if _needs_history(request) else 0) + len(sampling.logit_bias)
+    num_ids += sum(2 + len(run) for run in sampling.bad_words)  # a run has a tag and two lengths
+    return MAX_OPEN_NAMES_BYTES + 5 * num_ids + 4 * len(sampling.logit_bias) + 4 * len(request.grammar)
 
 
 def _forget_place(sequence: Sequence) -> None:

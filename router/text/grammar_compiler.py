@@ -1,6 +1,7 @@
 """Grammars compiled under a budget, off the event loop, and remembered: sources for the shards, or what is wrong.
 
-The work is done by a process that may die of it (`grammar_process`); this is its client.
+The work is done by a process that may die of it (`grammar_process`); this is its client. Equal grammars that come while
+the first of them is being compiled share its answer.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Final
 
 import orjson
@@ -29,7 +31,18 @@ logger = logging.getLogger(__name__)
 MAX_WAIT_S: Final = 2.5
 """For a turn and for the answer. Under more grammars than that, later ones are refused."""
 
+WALL_PART: Final = 0.8
+"""Of that, what one grammar may take by the clock. Beyond it the machine is at fault, not the grammar."""
+
 MAX_KEPT_BYTES: Final = 16 * 2**20
+
+
+@dataclass(slots=True)
+class _Running:
+    """A grammar that is being compiled, and how many wait for it."""
+
+    task: asyncio.Task[str | InvalidGrammar]
+    num_waiting: int = 0
 
 
 class GrammarCompiler:
@@ -42,6 +55,7 @@ class GrammarCompiler:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammar")
         self._process: subprocess.Popen[bytes] | None = None
         self._end_process: Callable[[], object] | None = None
+        self._running: dict[bytes, _Running] = {}
         self._kept: OrderedDict[bytes, str | InvalidGrammar] = OrderedDict()
         self._num_kept_bytes = 0
 
@@ -55,12 +69,26 @@ class GrammarCompiler:
         key = hashlib.blake2b(request, digest_size=16).digest()
         kept = self._kept.get(key)
         if kept is None:
-            kept = await self._ask(request)
+            kept = await self._join(key, request)
             self._keep(key, kept)
         self._kept.move_to_end(key)
         if isinstance(kept, InvalidGrammar):
             raise InvalidGrammar(str(kept))
         return kept
+
+    async def _join(self, key: bytes, request: bytes) -> str | InvalidGrammar:
+        """Asks, or waits for whoever asked. What nobody waits for any more is given up."""
+        running = self._running.get(key)
+        if running is None:
+            running = self._running[key] = _Running(asyncio.create_task(self._ask(request)))
+        running.num_waiting += 1
+        try:
+            return await asyncio.shield(running.task)  # whose client leaves must not end it for the others
+        finally:
+            running.num_waiting -= 1
+            if not running.num_waiting:
+                del self._running[key]
+                running.task.cancel()
 
     async def _ask(self, request: bytes) -> str | InvalidGrammar:
         answering = asyncio.get_running_loop().run_in_executor(self._thread, self._converse, request)
@@ -68,9 +96,11 @@ class GrammarCompiler:
             answer = json.loads(await asyncio.wait_for(answering, MAX_WAIT_S))
         except TimeoutError as error:
             raise Overloaded from error
-        except BrokenPipeError:
+        except OSError:  # the process is gone, or there is no memory for another
             logger.exception("a grammar could not be compiled")
             raise Overloaded from None
+        if "late" in answer:
+            raise Overloaded
         if "unsupported" in answer:
             raise UnsupportedGrammar
         return answer["source"] if "source" in answer else InvalidGrammar(answer["invalid"])
@@ -101,19 +131,20 @@ class GrammarCompiler:
             "tokenizer": self._describe_tokenizer(),
             "vocab_size": self._vocab_size,
             "eos_token_ids": self._eos_token_ids,
+            "max_wall_s": WALL_PART * MAX_WAIT_S,
         }
         _write_line(process, orjson.dumps(setup))
         return process
 
     def _converse(self, request: bytes) -> bytes:
-        """Sends a line and waits for one."""
+        """Sends a line and waits for one. Raises `OSError` when the process cannot be started or has ended."""
         process = self._process
         if process is None or process.poll() is not None:
             process = self._start_process()
         assert process.stdout is not None
         _write_line(process, request)
         answer = process.stdout.readline()
-        if not answer:
+        if not answer.endswith(b"\n"):
             raise BrokenPipeError("the process that compiles grammars is gone")
         return answer
 

@@ -1,7 +1,7 @@
 """Grammars are compiled for the first time here, in a process that may die of them: `python -m` this module.
 
     stdin    the vocabulary, then a grammar per line
-    stdout   for each, its source text for the shards or what is wrong with it
+    stdout   for each, its source text for the shards, or what is wrong with it, or that the machine was too busy
 
 llguidance keeps within limits of its own in all but a few cases; in those it takes seconds, hundreds of megabytes, or
 more stack than there is, which ends a process. So each grammar is given to a fork with limits on its time, memory and
@@ -38,7 +38,6 @@ LIMITS: Final = LLParserLimits(
 """The shards', so that what passes here passes there."""
 
 MAX_CPU_S: Final = 0.3
-MAX_WALL_S: Final = 2.0
 MAX_MEMORY_BYTES: Final = 32 * 2**20
 STACK_BYTES: Final = 2**20
 """Half of what the shards' threads have at least."""
@@ -62,7 +61,9 @@ def main() -> None:
     except ValueError:
         tokenizer = None
     for line in sys.stdin.buffer:
-        answer = {"unsupported": True} if tokenizer is None else _examine_in_fork(tokenizer, json.loads(line))
+        answer: Json = {"unsupported": True}
+        if tokenizer is not None:
+            answer = _examine_in_fork(tokenizer, json.loads(line), setup["max_wall_s"])
         sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()
 
@@ -77,13 +78,13 @@ def _load_tokenizer(text: str, vocab_size: int, eos_token_ids: list[int]) -> LLT
     return LLTokenizer(text, n_vocab=max(vocab_size, num_tokens), eos_token=ends)
 
 
-def _examine_in_fork(tokenizer: LLTokenizer, request: Json) -> Json:
+def _examine_in_fork(tokenizer: LLTokenizer, request: Json, max_wall_s: float) -> Json:
     """What `_examine` says, if it lives to say it."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(reading)
-        _limit_resources()
+        _limit_resources(max_wall_s)
         answer = _on_small_stack(lambda: _examine(tokenizer, request))
         with os.fdopen(writing, "wb") as pipe:
             pipe.write(json.dumps(answer).encode())
@@ -94,18 +95,20 @@ def _examine_in_fork(tokenizer: LLTokenizer, request: Json) -> Json:
     _, status = os.waitpid(child, 0)
     if status == 0:
         return cast(Json, json.loads(answer_bytes))
-    is_slow = os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGPROF, signal.SIGALRM)
-    return {"invalid": f"it takes too much {'time' if is_slow else 'memory'} to compile"}
+    end = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
+    if end == signal.SIGALRM:
+        return {"late": True}
+    return {"invalid": f"it takes too much {'time' if end == signal.SIGPROF else 'memory'} to compile"}
 
 
-def _limit_resources() -> None:
+def _limit_resources(max_wall_s: float) -> None:
     """Each limit ends the process."""
     with open("/proc/self/statm", encoding="ascii") as statm:
         size_bytes = int(statm.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size_bytes + MAX_MEMORY_BYTES, resource.RLIM_INFINITY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.setitimer(signal.ITIMER_PROF, MAX_CPU_S)
-    signal.setitimer(signal.ITIMER_REAL, MAX_WALL_S)
+    signal.setitimer(signal.ITIMER_REAL, max_wall_s)
 
 
 def _on_small_stack(work: Callable[[], Json]) -> Json:

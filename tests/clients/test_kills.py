@@ -6,30 +6,33 @@ import json
 import os
 import socket
 import struct
-import time
 from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
 
-from tests.server import PATIENCE_S, Server
+from tests.server import PATIENCE_S, Server, until
 
 NUM_CLIENTS = 50
 RESET = struct.pack("ii", 1, 0)
 """SO_LINGER with no time: close() sends a reset, as the kernel of a machine that lost the process does."""
-GROWTH_BYTES = 32 << 20
-"""Of 150 killed clients, and noise: 200 kB each would show."""
+NUM_ROUNDS = 3
+GROWTH_BYTES = 1 << 20
+"""Of a round of killed clients: 20 kB of each would show."""
 
 
 def test_row_65_killed_clients_leave_nothing_behind(plain_server: Server) -> None:
+    """Memory grows now and then for reasons of its own; what is left behind is so in every round."""
     kill_clients(plain_server)
-    before = resident_bytes(plain_server)
+    resident = [resident_bytes(plain_server)]
 
-    for _ in range(3):
+    for _ in range(NUM_ROUNDS):
         kill_clients(plain_server)
+        resident.append(resident_bytes(plain_server))
 
-    assert resident_bytes(plain_server) - before < GROWTH_BYTES
+    assert min(after - before for before, after in pairwise(resident)) < GROWTH_BYTES
     answer = httpx.post(
         f"{plain_server.url}/generate",
         json={"inputs": "Hello", "parameters": {"max_new_tokens": 5}},
@@ -48,27 +51,20 @@ def kill_clients(server: Server) -> None:
         for client in clients[::2]:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
 
-    wait_until_idle(server)
-    assert metric(server, "tgi_queue_size") == 0
-    assert metric(server, "shardstream_kv_cache_utilization") == 0
+    held = ("tgi_batch_current_size", "tgi_queue_size", "shardstream_kv_cache_utilization")
+    until(lambda: not any(metric(server, name) for name in held))
     assert metric(server, "shardstream_cancelled_count") - cancelled == NUM_CLIENTS
 
 
 def begin_stream(server: Server, index: int) -> socket.socket:
-    body = json.dumps({"inputs": f"Story {index}", "parameters": {"max_new_tokens": 1000}, "stream": True}).encode()
+    parameters = {"min_new_tokens": 1000, "max_new_tokens": 1000}
+    body = json.dumps({"inputs": f"Story {index}", "parameters": parameters, "stream": True}).encode()
     url = urlsplit(server.url)
     path = "/generate_stream" if index % 4 < 2 else "/"
     client = socket.create_connection((url.hostname, url.port), timeout=PATIENCE_S)
     head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
     client.sendall(head.encode() + body)
     return client
-
-
-def wait_until_idle(server: Server) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while metric(server, "tgi_batch_current_size") and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert metric(server, "tgi_batch_current_size") == 0
 
 
 def metric(server: Server, name: str) -> float:

@@ -12,6 +12,7 @@ import contextlib
 import inspect
 import json
 import sys
+import time
 import traceback
 import urllib.error
 import urllib.request
@@ -131,7 +132,8 @@ def raises(kind: type[Exception], message: str) -> Iterator[None]:
 def occupied(servers: Servers) -> Iterator[None]:
     """The strict server's only place is taken."""
     headers = {"content-type": "application/json", "authorization": f"Bearer {servers.key}"}
-    body = json.dumps({"inputs": PROMPT, "parameters": {"max_new_tokens": 1500}}).encode()
+    parameters = {"min_new_tokens": 1500, "max_new_tokens": 1500}
+    body = json.dumps({"inputs": PROMPT, "parameters": parameters}).encode()
     request = urllib.request.Request(f"{servers.strict}/generate_stream", body, headers)
     with _open_patiently(request) as stream:
         assert stream.readline().startswith(b"data: {")
@@ -146,3 +148,4 @@ def _open_patiently(request: urllib.request.Request) -> contextlib.closing:
         except urllib.error.HTTPError as refusal:
             if refusal.code != 429:
                 raise
+            time.sleep(0.05)
