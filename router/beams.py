@@ -106,7 +106,7 @@ class BeamGeneration(Generation):
     def _with_prompt(self, event: TokenEvent) -> TokenEvent:
         """Scores of the prompt came with the first step."""
         assert self._first is not None, "there is a winner without a step"
-        return replace(event, prompt_logprobs=self._first.prompt_logprobs, prompt_tops=self._first.prompt_tops)
+        return event._replace(prompt_logprobs=self._first.prompt_logprobs, prompt_tops=self._first.prompt_tops)
 
     def _cancel_parts(self) -> None:
         for part in self._parts:

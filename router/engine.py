@@ -169,6 +169,10 @@ class Engine:
             num_forced_tokens=scheduler.counters.num_forced_tokens,
             num_drafted_tokens=scheduler.counters.num_drafted_tokens,
             num_rows_by_accepted=tuple(scheduler.counters.num_rows_by_accepted),
+            num_emitted_tokens=scheduler.counters.num_emitted_tokens,
+            num_skipped_tokens=scheduler.counters.num_skipped_tokens,
+            num_rows_by_skipped=tuple(scheduler.counters.num_rows_by_skipped),
+            cpu_s=time.thread_time(),
         )
 
     @property
@@ -392,7 +396,7 @@ class Engine:
             TokenEvent(
                 run.num_events,
                 Token(sampled.token_id, piece.text, sampled.logprob, piece.special),
-                self._top_tokens(sampled.top_tokens),
+                self._top_tokens(sampled.top_tokens) if sampled.top_tokens else (),
                 finish,
                 tuple(run.prompt_logprobs) if is_scored else None,
                 tuple(run.prompt_tops) if is_scored and sequence.request.sampling.prompt_top_n_tokens else (),

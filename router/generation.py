@@ -1,6 +1,7 @@
 """One sequence as its consumer sees it: token events, the last of which says how it ended.
 
-The engine is at the other end. Publishing never waits for the consumer; what it has not read yet is kept.
+The engine is at the other end. Publishing never waits for the consumer; what it has not read yet is kept. A consumer is
+a task that iterates, or a function that is called with every piece of news: waking a task costs more than most events.
 """
 
 from __future__ import annotations
@@ -8,15 +9,15 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from router.core.request import FinishReason, Request
 from router.errors import RouterError
 
 
-@dataclass(frozen=True, slots=True)
-class Token:
+class Token(NamedTuple):
     """A token as a client sees it. `logprob` is the natural log-softmax of the model's raw logits."""
 
     id: int
@@ -34,8 +35,7 @@ class Finish:
     num_generated: int
 
 
-@dataclass(frozen=True, slots=True)
-class TokenEvent:
+class TokenEvent(NamedTuple):
     """One token on its way to HTTP, numbered from 1; the last one carries `finish`.
 
     `prompt_logprobs` comes with the first event of a request that asked for it: one entry per prompt token, None for
@@ -43,7 +43,7 @@ class TokenEvent:
     for; the first is empty.
     """
 
-    index: int
+    index: int  # type: ignore[assignment]  # tuple's own `index` is no loss
     token: Token
     top_tokens: tuple[Token, ...] = ()
     finish: Finish | None = None
@@ -52,7 +52,7 @@ class TokenEvent:
 
 
 class Generation:
-    """One sequence as its consumer sees it: iterate over it once, and cancel it in a `finally`."""
+    """One sequence as its consumer sees it: read it once, by iteration or `arriving`, and cancel it in a `finally`."""
 
     def __init__(self, request: Request, on_cancel: Callable[[Generation], None]) -> None:
         self.request = request
@@ -60,22 +60,32 @@ class Generation:
         self._events: deque[TokenEvent] = deque()
         self._error: RouterError | None = None
         self._changed = asyncio.Event()
+        self._on_news: Callable[[], None] = self._changed.set
         self._submitted_at = time.monotonic()
         self._planned_at: float | None = None
         self._ended_at: float | None = None
 
     async def __aiter__(self) -> AsyncIterator[TokenEvent]:
         """Every event once, to the one that carries `finish`. Raises the `RouterError` the sequence failed with."""
-        while True:
-            while self._events:
-                event = self._events.popleft()
+        for event in self.arriving():
+            if event is not None:
                 yield event
-                if event.finish is not None:
-                    return
-            if self._error is not None:
+            else:
+                self._changed.clear()
+                await self._changed.wait()
+
+    def arriving(self) -> Iterator[TokenEvent | None]:
+        """The same without waiting: None stands for as long as there is no new event, until it is asked again."""
+        event = None
+        while event is None or event.finish is None:
+            if not self._events and self._error is not None:
                 raise self._error
-            self._changed.clear()
-            await self._changed.wait()
+            event = self._events.popleft() if self._events else None
+            yield event
+
+    def tell(self, on_news: Callable[[], None]) -> None:
+        """Has `on_news` called with every event and error from now on, by whoever publishes it. It must not raise."""
+        self._on_news = on_news
 
     def cancel(self) -> None:
         """Ends the sequence if it still runs; harmless otherwise."""
@@ -103,12 +113,12 @@ class Generation:
         if event.finish is not None:
             self._ended_at = time.monotonic()
         self._events.append(event)
-        self._changed.set()
+        self._on_news()
 
     def fail(self, error: RouterError) -> None:
         self._ended_at = time.monotonic()
         self._error = error
-        self._changed.set()
+        self._on_news()
 
     def drop(self) -> None:
         """Nobody listens any more."""

@@ -1,18 +1,23 @@
 """Counters, gauges and histograms: TGI's under TGI's exact names, ours as `shardstream_*` beside them.
 
-prometheus_client would append `_total` to a counter's name, and TGI's dashboards would find nothing; so counters are
-plain numbers here, exposed by a collector of our own.
+prometheus_client would append `_total` to a counter's name, and TGI's dashboards would find nothing; and its histograms
+take locks and build label tuples, several times in a step of a few milliseconds. So all of them are plain numbers here,
+exposed by a collector of our own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+import math
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Final, NamedTuple
 
-from prometheus_client import CollectorRegistry, Histogram, disable_created_metrics, generate_latest
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric, UnknownMetricFamily
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 DURATION_BUCKETS_S: Final = tuple(0.0001 * 1.5**k for k in range(1, 36))
 BATCH_BUCKETS: Final = tuple(float(size) for size in range(1, 1025))
@@ -41,7 +46,7 @@ COUNTERS: Final[Mapping[str, Family]] = {
     "tgi_batch_concat": Family("Steps in which sequences joined running ones.", "reason", ("chunking",)),
     "shardstream_step_count": Family("Steps that returned."),
     "shardstream_router_step_seconds_sum": Family("Router time to plan, encode, decode and commit steps."),
-    "shardstream_router_publish_seconds_sum": Family("Router time to detokenise and publish tokens."),
+    "shardstream_router_publish_seconds_sum": Family("Router time to detokenise tokens and write them to streams."),
     "shardstream_generated_tokens_count": Family("Tokens generated."),
     "shardstream_response_cache_count": Family(
         "Requests that the response cache answered, shared a running answer for, or had computed.",
@@ -56,7 +61,7 @@ COUNTERS: Final[Mapping[str, Family]] = {
     "shardstream_shard_sample_seconds_sum": Family("Rank 0: choosing and exchanging tokens."),
 }
 
-DURATIONS: Final[Mapping[str, Family]] = {
+HISTOGRAMS: Final[Mapping[str, Family]] = {
     "tgi_request_duration": Family("Submit to last token, seconds."),
     "tgi_request_validation_duration": Family("Arrival to submit, seconds."),
     "tgi_request_queue_duration": Family("Submit to first plan, seconds."),
@@ -73,6 +78,10 @@ DURATIONS: Final[Mapping[str, Family]] = {
         "method",
         ("decode",),
     ),
+    "tgi_request_input_length": Family("Prompt tokens."),
+    "tgi_request_max_new_tokens": Family("Tokens asked for."),
+    "tgi_request_generated_tokens": Family("Tokens generated."),
+    "tgi_batch_next_size": Family("Sequences admitted by a step."),
 }
 
 
@@ -94,57 +103,62 @@ class Gauges:
     num_drafted_tokens: int = 0
     num_rows_by_accepted: tuple[int, ...] = (0,)
     """Of rows with drafts, how many had 0, 1, ... of them accepted."""
+    num_emitted_tokens: int = 0
+    num_skipped_tokens: int = 0
+    """Of them those that no row of their own was needed for."""
+    num_rows_by_skipped: tuple[int, ...] = (0, 0)
+    """Of rows that emitted several tokens, how many skipped 0, 1, ... of them, or as many as the last or more."""
+    cpu_s: float = 0.0
+    """CPU time of the event loop's thread since it began: all that the router does for steps, and for requests."""
 
 
-@dataclass(slots=True)
-class Counter:
-    """A number that only grows, under one label value or none."""
+class Histogram:
+    """How many observations fell between which bounds, and their sum."""
 
-    values: dict[str, float] = field(default_factory=dict)
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = bounds
+        self._nums = [0] * (len(bounds) + 1)
+        self._sum = 0.0
 
-    def add(self, amount: float = 1.0, label: str = "") -> None:
-        self.values[label] = self.values.get(label, 0.0) + amount
+    def observe(self, value: float) -> None:
+        """A value on a bound counts as below it."""
+        self._nums[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def add_to(self, family: HistogramMetricFamily, labels: Sequence[str]) -> None:
+        names = map(floatToGoString, (*self._bounds, math.inf))
+        family.add_metric(labels, list(zip(names, accumulate(self._nums), strict=True)), self._sum)
 
 
 class Metrics(Collector):
     """One process's measurements. Counting costs a dictionary update; all formatting happens at the scrape."""
 
     def __init__(self, *, max_input_tokens: int, max_total_tokens: int) -> None:
-        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.gauges = Gauges()
-        self._counters = {
-            name: Counter(dict.fromkeys(family.values or ("",), 0.0)) for name, family in COUNTERS.items()
+        self._counters = {name: dict.fromkeys(family.values or ("",), 0.0) for name, family in COUNTERS.items()}
+        bounds = {
+            "tgi_request_input_length": _hundredths(max_input_tokens),
+            "tgi_request_max_new_tokens": _hundredths(max_total_tokens),
+            "tgi_request_generated_tokens": _hundredths(max_total_tokens),
+            "tgi_batch_next_size": BATCH_BUCKETS,
+        }
+        self._histograms = {
+            name: {value: Histogram(bounds.get(name, DURATION_BUCKETS_S)) for value in family.values or ("",)}
+            for name, family in HISTOGRAMS.items()
         }
         self._registry = CollectorRegistry()
         self._registry.register(self)
-        self._histograms = {name: self._duration(name, family) for name, family in DURATIONS.items()}
-        for name, help_, buckets in (
-            ("tgi_request_input_length", "Prompt tokens.", _hundredths(max_input_tokens)),
-            ("tgi_request_max_new_tokens", "Tokens asked for.", _hundredths(max_total_tokens)),
-            ("tgi_request_generated_tokens", "Tokens generated.", _hundredths(max_total_tokens)),
-            ("tgi_batch_next_size", "Sequences admitted by a step.", BATCH_BUCKETS),
-        ):
-            self._histograms[name] = Histogram(name, help_, buckets=buckets, registry=self._registry)
-
-    def _duration(self, name: str, family: Family) -> Histogram:
-        labels = [family.label] if family.label else []
-        histogram = Histogram(name, family.help, labels, buckets=DURATION_BUCKETS_S, registry=self._registry)
-        for value in family.values:
-            histogram.labels(value)
-        return histogram
 
     def count(self, name: str, amount: float = 1.0, label: str = "") -> None:
-        self._counters[name].add(amount, label)
+        values = self._counters[name]
+        values[label] = values.get(label, 0.0) + amount
 
     def observe(self, name: str, value: float, label: str = "") -> None:
-        histogram = self._histograms[name]
-        if label:
-            histogram = histogram.labels(label)
-        histogram.observe(value)
+        self._histograms[name][label].observe(value)
 
     def value(self, name: str, label: str = "") -> float:
         """A counter's value so far."""
-        return self._counters[name].values.get(label, 0.0)
+        return self._counters[name].get(label, 0.0)
 
     def render(self, gauges: Gauges) -> bytes:
         """Prometheus text, format 0.0.4."""
@@ -154,16 +168,18 @@ class Metrics(Collector):
     def collect(self) -> Iterator[Metric]:
         for name, (help_, label, _) in COUNTERS.items():
             family = UnknownMetricFamily(name, help_, labels=[label] if label else [])
-            for value, amount in self._counters[name].values.items():
+            for value, amount in self._counters[name].items():
                 family.add_metric([value] if label else [], amount)
             yield family
-        yield from self._scheduler_families()
+        yield from self._engine_families()
         yield self._skipped_tokens()
         yield from self._gauge_families()
+        yield from self._histogram_families()
 
-    def _scheduler_families(self) -> Iterator[Metric]:
+    def _engine_families(self) -> Iterator[Metric]:
         gauges = self.gauges
         for name, help_, value in (
+            ("shardstream_router_cpu_seconds_sum", "Router: CPU time of the event loop's thread.", gauges.cpu_s),
             ("shardstream_prompt_tokens_count", "Tokens of sequences when admitted.", gauges.num_admitted_tokens),
             ("shardstream_prefix_hit_tokens_count", "Of them found in the prefix index.", gauges.num_hit_tokens),
             (
@@ -178,13 +194,14 @@ class Metrics(Collector):
             yield UnknownMetricFamily(name, help_, value=value)
 
     def _skipped_tokens(self) -> Metric:
-        """Tokens are counted, not rows: all but accepted drafts count as the first of one, forced ones too."""
-        num_accepted = _num_accepted(self.gauges)
-        num_rows = self.value("shardstream_generated_tokens_count") - num_accepted
-        more = self.gauges.num_rows_by_accepted[1:]
-        buckets = [(f"{num}.0", num_rows - sum(more[num:])) for num in range(len(more) + 1)]
-        family = HistogramMetricFamily("tgi_request_skipped_tokens", "Drafts a row accepted beyond its first token.")
-        family.add_metric([], buckets=[*buckets, ("+Inf", num_rows)], sum_value=num_accepted)
+        """Of every row that emitted, as TGI counts: one less than the tokens it gave. Forced tokens spare rows as much
+        as accepted guesses do."""
+        gauges = self.gauges
+        num_rows = gauges.num_emitted_tokens - gauges.num_skipped_tokens
+        by_skipped = gauges.num_rows_by_skipped
+        buckets = [(f"{num}.0", num_rows - sum(by_skipped[num + 1 :])) for num in range(len(by_skipped) - 1)]
+        family = HistogramMetricFamily("tgi_request_skipped_tokens", "Tokens a row emitted beyond its first.")
+        family.add_metric([], buckets=[*buckets, ("+Inf", num_rows)], sum_value=gauges.num_skipped_tokens)
         return family
 
     def _gauge_families(self) -> Iterator[Metric]:
@@ -198,6 +215,13 @@ class Metrics(Collector):
             ("shardstream_ready", "1 while the group serves.", float(gauges.ready)),
         ):
             yield GaugeMetricFamily(name, help_, value=value)
+
+    def _histogram_families(self) -> Iterator[Metric]:
+        for name, (help_, label, _) in HISTOGRAMS.items():
+            family = HistogramMetricFamily(name, help_, labels=[label] if label else [])
+            for value, histogram in self._histograms[name].items():
+                histogram.add_to(family, [value] if label else [])
+            yield family
 
 
 def _num_accepted(gauges: Gauges) -> int:

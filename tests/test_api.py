@@ -10,7 +10,6 @@ import socket
 import struct
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import replace
 
 import httpx
 import pytest
@@ -21,6 +20,7 @@ from router.core.request import FinishReason
 from router.engine import Token
 from router.errors import GenerationFailed, NotReady, Overloaded
 from tests.http_app import MODEL_SHA, PARIS, Client, FakeEngine, Json, Script, build, events
+from tests.server import PATIENCE_S
 
 PROMPT = "The capital of France is"
 GREEDY: Json = {"inputs": PROMPT, "parameters": {"details": True}}
@@ -173,7 +173,7 @@ def test_seed_is_shown_exactly_when_tokens_are_drawn() -> None:
 
 
 def scripts_with_logprobs(*logprobs: float) -> list[Script]:
-    return [Script([replace(PARIS[0], text=str(value), logprob=value)]) for value in logprobs]
+    return [Script([PARIS[0]._replace(text=str(value), logprob=value)]) for value in logprobs]
 
 
 def test_best_of_answers_the_likeliest_and_lists_the_others() -> None:
@@ -190,7 +190,7 @@ def test_best_of_answers_the_likeliest_and_lists_the_others() -> None:
 
 
 def test_best_of_takes_the_first_of_equals_by_mean_not_by_sum() -> None:
-    long = Script([replace(PARIS[0], text="long", logprob=-1.0)] * 3)
+    long = Script([PARIS[0]._replace(text="long", logprob=-1.0)] * 3)
     scripts = [*scripts_with_logprobs(-2.0), long, *scripts_with_logprobs(-1.0)]
     client = Client(FakeEngine(scripts), max_best_of=3)
 
@@ -286,13 +286,17 @@ def test_long_texts_are_tokenized_whole() -> None:
         (-3.5762787e-06, "-0.0000035762787"),
         (-1.1920929e-07, "-1.1920929e-7"),
         (1e-7, "1e-7"),
+        (0.00097666, "0.00097666"),
         (1e12, "1000000000000.0"),
         (1.5e13, "1.5e13"),
         (3.4028235e38, "3.4028235e38"),
     ],
 )
 def test_float32_is_written_with_the_fewest_digits(value: float, text: str) -> None:
-    assert render.format_float32(struct.unpack("<f", struct.pack("<f", value))[0]) == text
+    [single] = struct.unpack("<f", struct.pack("<f", value))
+
+    assert render.format_float32(single) == text
+    assert render.to_bytes(render.float32(single)) == text.encode()
 
 
 def test_float32_text_gives_the_same_float32_again() -> None:
@@ -538,8 +542,21 @@ def test_every_refusal_is_counted_once_by_its_cause(path: str, body: Json, cause
 
     assert client.post(path, body).status_code >= 400
 
-    counts = dict(re.findall(r'tgi_request_failure\{err="(\w+)"\} ([\d.]+)', client.get("/metrics").text))
-    assert {name: count for name, count in counts.items() if count != "0.0"} == ({cause: "1.0"} if cause else {})
+    assert failures(client) == ({cause: "1.0"} if cause else {})
+
+
+def test_tools_that_cannot_be_called_count_as_invalid() -> None:
+    client = Client()
+
+    assert client.post("/v1/chat/completions", CHAT | {"tool_choice": "required"}).json()["error_type"] == "tool_error"
+
+    assert failures(client) == {"validation": "1.0"}
+
+
+def failures(client: Client) -> dict[str, str]:
+    """Those that were counted, by cause."""
+    counts = re.findall(r'tgi_request_failure\{err="(\w+)"\} ([\d.]+)', client.get("/metrics").text)
+    return {cause: count for cause, count in counts if count != "0.0"}
 
 
 def test_success_is_logged_once_without_the_prompt(caplog: pytest.LogCaptureFixture) -> None:
@@ -631,7 +648,7 @@ def test_docs_are_a_page() -> None:
 
 
 async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while not condition():  # noqa: ASYNC110  what is waited for has no event
             await asyncio.sleep(0.01)
 
@@ -656,7 +673,7 @@ async def serving(engine: FakeEngine) -> AsyncIterator[str]:
 @pytest.mark.parametrize("path", ["/generate", "/generate_stream"])
 async def test_disconnect_before_the_first_token_cancels(path: str) -> None:
     engine = FakeEngine([Script(tokens=(), hangs=True)])
-    async with serving(engine) as url, httpx.AsyncClient() as client:
+    async with serving(engine) as url, httpx.AsyncClient(timeout=PATIENCE_S) as client:
         call = asyncio.create_task(client.post(url + path, json=GREEDY))
         await until(lambda: engine.requests)
 
@@ -669,7 +686,7 @@ async def test_disconnect_before_the_first_token_cancels(path: str) -> None:
 @pytest.mark.anyio
 async def test_disconnect_inside_a_stream_cancels() -> None:
     engine = FakeEngine([Script(tokens=PARIS[:1], hangs=True)])
-    async with serving(engine) as url, httpx.AsyncClient() as client:
+    async with serving(engine) as url, httpx.AsyncClient(timeout=PATIENCE_S) as client:
         async with client.stream("POST", url + "/generate_stream", json=GREEDY) as response:
             first = await anext(response.aiter_lines())
             assert first.startswith('data: {"index":1,')

@@ -85,7 +85,7 @@ def test_costs_are_divided_by_the_servers_own_counts() -> None:
     counted = {
         "step_count": 10.0,
         "generated_tokens_count": 40.0,
-        "router_step_seconds_sum": 0.002,
+        "router_cpu_seconds_sum": 0.003,
         "router_publish_seconds_sum": 0.001,
         "shard_wait_seconds_sum": 0.01,
         "shard_inputs_seconds_sum": 0.02,

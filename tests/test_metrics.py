@@ -116,6 +116,17 @@ def test_the_engines_numbers_are_shown_as_they_are_at_the_scrape(metrics: Metric
     assert value(text, "shardstream_preemptions_count") == 5
 
 
+def test_skipped_tokens_are_counted_by_rows(metrics: Metrics) -> None:
+    """Ten rows gave one token each, two gave two, one three and one nine."""
+    gauges = Gauges(num_emitted_tokens=10 + 4 + 3 + 9, num_skipped_tokens=2 + 2 + 8, num_rows_by_skipped=(0, 2, 1, 1))
+
+    text = text_of(metrics, gauges)
+
+    name = "tgi_request_skipped_tokens"
+    assert [value(text, f'{name}_bucket{{le="{le}"}}') for le in ("0.0", "1.0", "2.0", "+Inf")] == [10, 12, 13, 14]
+    assert (value(text, f"{name}_count"), value(text, f"{name}_sum")) == (14, 12)
+
+
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool, of Debian's package prometheus")
 def test_promtool_finds_nothing_to_complain_about(metrics: Metrics) -> None:
     metrics.count("tgi_request_failure", label="healthcheck")
@@ -182,3 +193,18 @@ def test_the_life_of_sequences_is_counted(metrics: Metrics) -> None:
 
     assert value(second, "shardstream_preemptions_count") > 0
     assert value(second, "tgi_request_success") == 10
+
+
+def test_an_observation_counts_in_every_bucket_that_reaches_up_to_it(metrics: Metrics) -> None:
+    for length in (1, 2, 2.5, 1000):
+        metrics.observe("tgi_request_input_length", length)
+
+    text = text_of(metrics)
+    counts = [value(text, f'tgi_request_input_length_bucket{{le="{bound}"}}') for bound in ("2.0", "4.0", "200.0")]
+    assert counts == [2, 3, 3]
+    assert value(text, 'tgi_request_input_length_bucket{le="+Inf"}') == 4
+    assert value(text, "tgi_request_input_length_sum") == 1005.5
+
+
+def test_the_threads_cpu_time_is_told(metrics: Metrics) -> None:
+    assert value(text_of(metrics, Gauges(cpu_s=1.5)), "shardstream_router_cpu_seconds_sum") == 1.5

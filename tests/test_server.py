@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.server import PATIENCE_S, WITHOUT_TORCH, Server, is_alive, run_to_its_end, serving
+from tests.server import PATIENCE_S, WITHOUT_TORCH, Server, is_alive, run_to_its_end, serving, until
 from tests.tiny_tokenizers import byte_level
 
 QUESTION = {"inputs": "The capital of France is", "parameters": {"max_new_tokens": 20}}
@@ -35,6 +36,10 @@ def stream(url: str, body: object) -> list[dict[str, object]]:
     frames = answer.text.split("\n\n")
     assert frames.pop() == ""
     return [json.loads(frame.removeprefix("data: ")) for frame in frames]
+
+
+def get(server: Server, path: str) -> httpx.Response:
+    return httpx.get(server.url + path, timeout=PATIENCE_S)
 
 
 def test_the_first_request_of_the_readme_streams_tokens(server: Server) -> None:
@@ -61,9 +66,17 @@ def test_a_ready_server_says_where_and_what_it_serves(server: Server) -> None:
     assert "float32 on cpu, 1 rank" in log
     assert "KV capacity" in log
     assert f"curl -N {server.url.removeprefix('http://')}/generate_stream" in log
-    assert httpx.get(f"{server.url}/health").status_code == 200
-    assert httpx.get(f"{server.url}/info").json()["max_total_tokens"] == 8192
-    assert "shardstream_step_count" in httpx.get(f"{server.url}/metrics").text
+    assert get(server, "/health").status_code == 200
+    assert get(server, "/info").json()["max_total_tokens"] == 8192
+    assert "shardstream_step_count" in get(server, "/metrics").text
+
+
+@pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="the shards may compute on a GPU")
+def test_nothing_of_a_server_on_cpus_interrupts_its_computing_threads(server: Server) -> None:
+    processes = [server.process.pid, *server.children()]
+    threads = [int(task.name) for pid in processes for task in Path(f"/proc/{pid}/task").iterdir()]
+
+    assert {os.sched_getscheduler(thread) for thread in threads} == {os.SCHED_BATCH}
 
 
 def test_clients_that_leave_free_what_they_held(server: Server) -> None:
@@ -72,17 +85,13 @@ def test_clients_that_leave_free_what_they_held(server: Server) -> None:
         with httpx.stream("POST", f"{server.url}/generate_stream", json=endless, timeout=PATIENCE_S) as answer:
             next(answer.iter_lines())
 
-    deadline = time.monotonic() + PATIENCE_S
-    while _metric(server, "tgi_batch_current_size") and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert _metric(server, "tgi_batch_current_size") == 0
-    assert _metric(server, "tgi_queue_size") == 0
-    assert _metric(server, "shardstream_kv_cache_utilization") == 0
-    assert _metric(server, "shardstream_cancelled_count") >= 10
+    held = ("tgi_batch_current_size", "tgi_queue_size", "shardstream_kv_cache_utilization")
+    until(lambda: _metric(server, "shardstream_cancelled_count") >= 10)
+    until(lambda: not any(_metric(server, name) for name in held))
 
 
 def _metric(server: Server, name: str) -> float:
-    text = httpx.get(f"{server.url}/metrics").text
+    text = get(server, "/metrics").text
     return next(float(line.split()[1]) for line in text.splitlines() if line.startswith(f"{name} "))
 
 
@@ -93,8 +102,7 @@ def test_a_stopped_server_finishes_its_streams_and_leaves_no_shard(smollm2: Path
         body = {"inputs": "Once upon a time", "parameters": {"max_new_tokens": 60}}
         client = threading.Thread(target=lambda: results.append(stream(server.url, body)))
         client.start()
-        while not _metric(server, "shardstream_generated_tokens_count"):
-            time.sleep(0.02)
+        until(lambda: _metric(server, "shardstream_generated_tokens_count") > 0)
         exit_code = server.stop()
         client.join()
 
@@ -104,48 +112,60 @@ def test_a_stopped_server_finishes_its_streams_and_leaves_no_shard(smollm2: Path
         assert not any(map(is_alive, shards))
 
 
-def test_no_shard_outlives_a_router_that_is_killed(smollm2: Path) -> None:
-    with serving("--model-id", str(smollm2), "--num-shard", "2") as server:
+def test_no_shard_outlives_a_router_that_is_killed(smollm2: Path, sockets: Path) -> None:
+    where = ("--shard-uds-path", str(sockets))  # which it cannot remove
+    with serving("--model-id", str(smollm2), "--num-shard", "2", *where) as server:
         shards = server.children()
         server.stop(signal.SIGKILL)
 
-        deadline = time.monotonic() + PATIENCE_S
-        while any(map(is_alive, shards)) and time.monotonic() < deadline:
-            time.sleep(0.02)
         assert len(shards) == 2
-        assert not any(map(is_alive, shards))
+        until(lambda: not any(map(is_alive, shards)))
 
 
-def test_the_router_serves_without_torch(tmp_path: Path) -> None:
-    byte_level().save(str(tmp_path / "tokenizer.json"))
-    address = tmp_path / "ghost"
-    ghost = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "tests.ghost", "--uds", str(address)),
-            *("--num-blocks", "256", "--vocab-size", "402"),
-        ],
-        stdout=subprocess.PIPE,
-    )
+@contextlib.contextmanager
+def ghost_at(address: Path, vocab_size: int) -> Iterator[None]:
+    """A shard without a model, in a process of its own."""
+    flags = ("--uds", str(address), "--num-blocks", "256", "--vocab-size", str(vocab_size))
+    ghost = subprocess.Popen([sys.executable, "-m", "tests.ghost", *flags], stdout=subprocess.PIPE)
     try:
         assert ghost.stdout is not None
         assert ghost.stdout.readline() == b"ready\n"
-        flags = ("--model-id", str(tmp_path), "--shard-addresses", f"unix:{address}")
-        with serving(*flags, code=WITHOUT_TORCH) as server:
-            events = stream(server.url, QUESTION)
-
-        assert len(events) == 20
+        yield
     finally:
         ghost.kill()
         ghost.wait()
         ghost.stdout.close()
 
 
-def test_a_shard_starts_without_fastapi(smollm2: Path, tmp_path: Path) -> None:
+def test_the_router_serves_without_torch(tmp_path: Path, sockets: Path) -> None:
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    address = sockets / "ghost"
+    flags = ("--model-id", str(tmp_path), "--shard-addresses", f"unix:{address}")
+
+    with ghost_at(address, vocab_size=402), serving(*flags, code=WITHOUT_TORCH) as server:
+        events = stream(server.url, QUESTION)
+
+    assert len(events) == 20
+
+
+def test_shards_elsewhere_may_serve_the_bundled_model_by_its_name(smollm2: Path, sockets: Path) -> None:
+    address = sockets / "ghost"
+    flags = ("--model-id", smollm2.name, "--shard-addresses", f"unix:{address}")
+
+    with ghost_at(address, vocab_size=49_152), serving(*flags) as server:
+        answer = httpx.post(f"{server.url}/tokenize", json=QUESTION, timeout=PATIENCE_S)
+        info = get(server, "/info")
+
+    assert [token["text"] for token in answer.json()] == ["The", " capital", " of", " France", " is"]
+    assert info.json()["model_id"] == smollm2.name
+
+
+def test_a_shard_starts_without_fastapi(smollm2: Path, sockets: Path) -> None:
     code = (
         "import sys; sys.modules.update(dict.fromkeys(['fastapi', 'starlette', 'uvicorn', 'pydantic', 'router']));"
         "from shard.__main__ import main; main()"
     )
-    flags = ("--model-id", str(smollm2), "--address", f"unix:{tmp_path}/rank-0", "--report")
+    flags = ("--model-id", str(smollm2), "--address", f"unix:{sockets}/rank-0", "--report")
     shard = subprocess.Popen([sys.executable, "-c", code, *flags], stdout=subprocess.PIPE)
     try:
         assert shard.stdout is not None
@@ -161,9 +181,8 @@ def test_a_router_that_is_stopped_while_it_loads_leaves_nothing(smollm2: Path) -
     command = [sys.executable, "-m", "router", "--model-id", str(smollm2), "--port", "0"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     server = Server(process, "", log=None)
-    while not server.children():
-        time.sleep(0.01)
-    time.sleep(1.0)
+    until(lambda: bool(server.children()))
+    time.sleep(1.0)  # so that it mostly loads; whatever it does by then, the same holds
     children = server.children()
 
     assert server.stop() == 0
@@ -207,8 +226,8 @@ def test_a_taken_port_is_named_before_anything_is_loaded(smollm2: Path) -> None:
         assert "loaded" not in done.stderr
 
 
-def test_a_missing_rank_is_named(smollm2: Path, tmp_path: Path) -> None:
-    address = f"unix:{tmp_path}/nobody"
+def test_a_missing_rank_is_named(smollm2: Path, sockets: Path) -> None:
+    address = f"unix:{sockets}/nobody"
     done = run_to_its_end("--model-id", str(smollm2), "--shard-addresses", address)
 
     assert_one_line_cause(done, address)

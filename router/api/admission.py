@@ -178,7 +178,7 @@ def log_success(call: Call, generation: Generation, finish: Finish) -> None:
         "Success request_id=%s trace_id=%s input_length=%d generated_tokens=%d finish_reason=%s seed=%s "
         "total_time=%.1fms validation_time=%.1fms queue_time=%.1fms inference_time=%.1fms time_per_token=%.1fms",
         generation.request.request_id,
-        TRACE_ID.get(),
+        generation.request.trace_id or None,
         call.demand.input_length,
         finish.num_generated,
         finish.reason.value,

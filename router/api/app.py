@@ -35,6 +35,7 @@ from router.errors import (
     Overloaded,
     RouterError,
     TemplateError,
+    ToolError,
     Unauthorized,
     ValidationError,
 )
@@ -46,6 +47,7 @@ from router.validate import Validator
 COUNTED: Final[Mapping[type[RouterError], str]] = {
     Overloaded: "overloaded",
     TemplateError: "template",
+    ToolError: "validation",  # TGI has no word of its own for it
     ValidationError: "validation",
 }
 """Refusals that `tgi_request_failure` counts, and as what."""

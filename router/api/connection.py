@@ -17,9 +17,10 @@ from http import HTTPStatus
 from typing import Any, Final
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from router.api import render
+from router.api.sse import BODY_EXTENSION
 
 MAX_HEAD_BYTES: Final = 65_536
 MAX_HEADERS: Final = 100
@@ -137,6 +138,7 @@ class Connection(HttpToolsProtocol):
             raise RefusedHead
         if not self.parser.should_upgrade():
             super().on_headers_complete()
+            self.scope["extensions"] = {BODY_EXTENSION: {"body": ChunkedBody(self.cycle)}}
 
     def on_message_complete(self) -> None:
         self._is_in_trailers = False
@@ -160,3 +162,25 @@ class Connection(HttpToolsProtocol):
         )
         self.transport.write("\r\n".join((*head, "", "")).encode() + body)
         self.transport.close()
+
+
+class ChunkedBody:
+    """The `Body` of an answer whose head uvicorn has written, without a content-length, and whose end it will write."""
+
+    __slots__ = ("_cycle",)
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+
+    @property
+    def is_full(self) -> bool:
+        return self._cycle.flow.write_paused and not self._cycle.disconnected
+
+    def write(self, data: bytes) -> None:
+        cycle = self._cycle
+        assert cycle.chunked_encoding, "the head says something else"
+        if not cycle.disconnected:
+            cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+
+    async def drain(self) -> None:
+        await self._cycle.flow.drain()

@@ -7,7 +7,6 @@ names, the served one answers.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
@@ -92,7 +91,7 @@ def openai_routes(services: Services) -> V1:
         if not services.engine.ready:
             raise NotReady("unhealthy")
         status = {"status": "ready", "model": body.model or services.config.model_name, "cached": True}
-        return EventStream(frame(render.to_bytes(status)), _nothing_more(), {})
+        return EventStream(iter((frame(render.to_bytes(status)),)), (), {})
 
     return V1(router, create_chat_completion, create_completion)
 
@@ -134,8 +133,3 @@ def model_routes(services: Services) -> APIRouter:
         return Response(render.to_bytes(model), media_type=JSON_TYPE)
 
     return router
-
-
-async def _nothing_more() -> AsyncGenerator[bytes, None]:
-    return
-    yield b""

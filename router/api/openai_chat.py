@@ -31,10 +31,8 @@ from router.api.openai_run import (
     answer,
     choices_of,
     collect,
-    compute_headers,
     finish_reason,
     stream,
-    summed_time_headers,
 )
 from router.api.sse import unless_gone
 from router.engine import TokenEvent
@@ -262,8 +260,8 @@ async def _answer(
             events = await collect(choice)
             usage.num_completion += len(events)
             written.append(_write_whole(services, body, reading, choice, events))
-        headers = compute_headers(services, [wish]) | summed_time_headers(choices, usage)
-        return answer({**envelope.to_json(), "choices": written, "usage": usage.to_json()}, headers)
+        whole = {**envelope.to_json(), "choices": written, "usage": usage.to_json()}
+        return answer(services, [wish], choices, usage, whole)
 
 
 def _write_whole(

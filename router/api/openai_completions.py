@@ -25,10 +25,8 @@ from router.api.openai_run import (
     answer,
     choices_of,
     collect,
-    compute_headers,
     finish_reason,
     stream,
-    summed_time_headers,
 )
 from router.api.sse import unless_gone
 from router.engine import TokenEvent
@@ -115,8 +113,8 @@ async def _answer(services: Services, request: Request, ask: _Ask, envelope: Env
             usage.num_completion += 0 if ask.hides_tokens else sum(len(one.events) for one in told)
             written += [_write_whole(services, ask, one, told[0].events[0]) for one in _best(told, ask.num_choices)]
         choices = [{"index": index, **choice} for index, choice in enumerate(written)]
-        headers = compute_headers(services, ask.wishes) | summed_time_headers(choices_of(calls), usage)
-        return answer({**envelope.to_json(), "choices": choices, "usage": usage.to_json()}, headers)
+        whole = {**envelope.to_json(), "choices": choices, "usage": usage.to_json()}
+        return answer(services, ask.wishes, choices_of(calls), usage, whole)
 
 
 class _Told(NamedTuple):

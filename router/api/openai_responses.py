@@ -27,10 +27,8 @@ from router.api.openai_run import (
     answer,
     choices_of,
     collect,
-    compute_headers,
     is_cut_short,
     stream,
-    summed_time_headers,
 )
 from router.api.sse import unless_gone
 from router.engine import TokenEvent
@@ -144,8 +142,7 @@ async def _answer(services: Services, request: Request, wish: Wish, reply: Reply
         usage.num_completion = len(events)
         text, status = ChoiceText(), _status(choices[0], events[-1])
         item = reply.item(status, [_part("".join(map(text.read, events)))])
-        headers = compute_headers(services, [wish]) | summed_time_headers(choices, usage)
-        return answer(reply.to_json(status, [item], usage), headers)
+        return answer(services, [wish], choices, usage, reply.to_json(status, [item], usage))
 
 
 class _StreamWriter:

@@ -7,11 +7,10 @@ A call has one or more prompts, each with `n` choices; choice number `prompt * n
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, aclosing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -19,7 +18,7 @@ from fastapi import Request, Response
 
 from router.api import render
 from router.api.admission import Call, Services, Wish, admitted_together, log_success, time_headers
-from router.api.sse import EventStream, frame, unless_gone
+from router.api.sse import EventStream, Frames, frame, unless_gone
 from router.config import VERSION
 from router.core.request import FinishReason
 from router.engine import Generation, TokenEvent
@@ -131,37 +130,20 @@ def choices_of(calls: Sequence[Call]) -> list[Choice]:
     return [Choice(index, call, generation) for index, (call, generation) in enumerate(pairs)]
 
 
-async def merged(choices: Sequence[Choice]) -> AsyncGenerator[tuple[Choice, TokenEvent], None]:
-    """Every event of every choice, as they come. Raises the first `RouterError`."""
-    if len(choices) == 1:
-        async for event in choices[0].generation:
-            yield choices[0], event
-        return
-    arrived: asyncio.Queue[tuple[Choice, TokenEvent] | RouterError | None] = asyncio.Queue()
-    tasks = [asyncio.create_task(_forward(choice, arrived)) for choice in choices]
-    try:
-        num_open = len(tasks)
-        while num_open:
-            item = await arrived.get()
-            if isinstance(item, RouterError):
-                raise item
-            if item is None:
-                num_open -= 1
+def arriving(choices: Sequence[Choice]) -> Iterator[tuple[Choice, TokenEvent] | None]:
+    """Every event of every choice, as they come; None stands for as long as there is no new one. Raises the first
+    `RouterError`."""
+    unfinished = [(choice, choice.generation.arriving()) for choice in choices]
+    while unfinished:
+        for choice, events in list(unfinished):
+            for event in events:
+                if event is None:
+                    break
+                yield choice, event
             else:
-                yield item
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _forward(choice: Choice, arrived: asyncio.Queue[tuple[Choice, TokenEvent] | RouterError | None]) -> None:
-    try:
-        async for event in choice.generation:
-            arrived.put_nowait((choice, event))
-        arrived.put_nowait(None)
-    except RouterError as error:
-        arrived.put_nowait(error)
+                unfinished.remove((choice, events))
+        if unfinished:
+            yield None
 
 
 async def collect(choice: Choice) -> list[TokenEvent]:
@@ -179,27 +161,35 @@ def admit(services: Services, request: Request, wishes: Sequence[Wish]) -> Abstr
 
 async def stream(services: Services, request: Request, wishes: Sequence[Wish], writer: Writer) -> Response:
     """Begins to answer once there is something to say, so that what fails before that has a status of its own."""
-    frames = _frames(services, request, wishes, writer)
-    first = await unless_gone(request.receive, anext(frames))
-    return EventStream(first, frames, compute_headers(services, wishes))
+    return await unless_gone(request.receive, _begin(services, request, wishes, writer))
 
 
-async def _frames(
-    services: Services, request: Request, wishes: Sequence[Wish], writer: Writer
-) -> AsyncGenerator[bytes, None]:
+async def _begin(services: Services, request: Request, wishes: Sequence[Wish], writer: Writer) -> EventStream:
+    async with AsyncExitStack() as held:
+        calls = await held.enter_async_context(admit(services, request, wishes))
+        choices = choices_of(calls)
+        generations = [choice.generation for choice in choices]
+        stream = EventStream(_frames(calls, choices, writer), generations, compute_headers(services, wishes))
+        await stream.begin()
+        stream.hold(held.pop_all())
+        return stream
+
+
+def _frames(calls: Sequence[Call], choices: Sequence[Choice], writer: Writer) -> Frames:
     """One frame per payload. Raises a `RouterError` before the first one and turns it into a frame after it."""
     begun = False
-    async with admit(services, request, wishes) as calls:
-        try:
-            async with aclosing(_payloads(calls, writer)) as payloads:
-                async for payload in payloads:
-                    begun = True
-                    yield _frame(payload)
-        except RouterError as error:
-            if not begun:
-                raise
-            yield _frame({"error": {"message": str(error), "http_status_code": error.status}})
-        yield DONE
+    try:
+        for payload in _payloads(calls, choices, writer):
+            if payload is None:
+                yield None
+                continue
+            begun = True
+            yield _frame(payload)
+    except RouterError as error:
+        if not begun:
+            raise
+        yield _frame({"error": {"message": str(error), "http_status_code": error.status}})
+    yield DONE
 
 
 def _frame(payload: Json) -> bytes:
@@ -208,25 +198,27 @@ def _frame(payload: Json) -> bytes:
     return (b"" if kind is None else f"event: {kind}\n".encode()) + frame(render.to_bytes(payload))
 
 
-async def _payloads(calls: Sequence[Call], writer: Writer) -> AsyncGenerator[Json, None]:
-    choices = choices_of(calls)
-    for payload in writer.begin(calls, choices):
-        yield payload
+def _payloads(calls: Sequence[Call], choices: Sequence[Choice], writer: Writer) -> Iterator[Json | None]:
+    """None stands for as long as there is no new one."""
+    yield from writer.begin(calls, choices)
     num_unfinished = len(choices)
-    async with aclosing(merged(choices)) as events:
-        async for choice, event in events:
-            for payload in writer.write(choice, event):
-                yield payload
-            if event.finish is not None:
-                num_unfinished -= 1
-                log_success(choice.call, choice.generation, event.finish)
+    for arrival in arriving(choices):
+        if arrival is None:
+            yield None
+            continue
+        choice, event = arrival
+        yield from writer.write(choice, event)
+        if event.finish is not None:
+            num_unfinished -= 1
+            log_success(choice.call, choice.generation, event.finish)
     if num_unfinished:
         raise IncompleteGeneration
-    for payload in writer.end():
-        yield payload
+    yield from writer.end()
 
 
-def answer(body: Json, headers: Mapping[str, str]) -> Response:
+def answer(services: Services, wishes: Sequence[Wish], choices: Sequence[Choice], usage: Usage, body: Json) -> Response:
+    """All at once, with the headers that `/generate` has."""
+    headers = compute_headers(services, wishes) | _summed_time_headers(choices, usage)
     return Response(render.to_bytes(body), media_type=JSON_TYPE, headers=headers)
 
 
@@ -235,7 +227,7 @@ def compute_headers(services: Services, wishes: Sequence[Wish]) -> dict[str, str
     return {"x-compute-type": services.config.compute_type, "x-compute-characters": str(num_chars)}
 
 
-def summed_time_headers(choices: Sequence[Choice], usage: Usage) -> dict[str, str]:
+def _summed_time_headers(choices: Sequence[Choice], usage: Usage) -> dict[str, str]:
     """Sums over prompts or sequences."""
     return time_headers(
         choices[0].call,

@@ -7,9 +7,9 @@ Rust's ryu does (-0.34, -2.5839844, 1e-7). Python would print the float64 with t
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from struct import pack
 from typing import Final
 
 import orjson
@@ -19,8 +19,11 @@ from router.engine import Finish, Token
 from router.errors import RouterError
 from router.text.tokenizer import TextToken
 
-DIGITS_KEPT_BY_FLOAT32: Final = 6
-DIGITS_NAMING_A_FLOAT32: Final = 9
+FEWEST_DIGITS: Final = ("%.6g", "%.7g", "%.8g")
+"""A float32 keeps 6 digits, and 9 always name it."""
+MIN_PLAIN: Final = 1e-4
+MAX_PLAIN: Final = 1e12
+"""Between them orjson lays out a float64 as ryu does a float32."""
 TOKENS_PER_SLICE: Final = 1_000
 
 Json = dict[str, object]
@@ -94,10 +97,10 @@ def _top_tokens(result: Result) -> Json:
 
 def stream_event(index: int, token_: Token, top_tokens: Sequence[Token]) -> Json:
     """A StreamResponse before the last one; the last one's two fields are replaced by `stream_end`."""
-    event: Json = {"index": index, "token": token(token_)}
-    if top_tokens:
-        event["top_tokens"] = [token(t) for t in top_tokens]
-    return event | {"generated_text": None, "details": None}
+    if not top_tokens:
+        return {"index": index, "token": token(token_), "generated_text": None, "details": None}
+    tops = [token(t) for t in top_tokens]
+    return {"index": index, "token": token(token_), "top_tokens": tops, "generated_text": None, "details": None}
 
 
 def stream_end(request: Request, finish: Finish, *, prefix: str, details: bool) -> Json:
@@ -134,22 +137,31 @@ def _seed(request: Request) -> int | None:
     return request.sampling.seed if request.sampling.do_sample else None
 
 
-def float32(value: float | None) -> orjson.Fragment | None:
+def float32(value: float | None) -> float | orjson.Fragment | None:
     """JSON for a float32; null for what is none, infinite or not a number."""
-    return orjson.Fragment(format_float32(value)) if value is not None and math.isfinite(value) else None
+    if value is None or not math.isfinite(value):
+        return None
+    if MIN_PLAIN <= abs(value) < MAX_PLAIN:
+        return _shortest(value)
+    return orjson.Fragment(format_float32(value))
 
 
 def format_float32(value: float) -> str:
     """ryu's text for the float32 nearest to a finite `value`."""
-    packed = struct.pack("<f", value)
-    for num_digits in range(DIGITS_KEPT_BY_FLOAT32, DIGITS_NAMING_A_FLOAT32 + 1):
-        text = f"{value:.{num_digits - 1}e}"
-        if struct.pack("<f", float(text)) == packed:
-            break
-    mantissa, _, exponent = text.partition("e")
+    mantissa, _, exponent = f"{_shortest(value):.8e}".partition("e")
     sign = "-" if mantissa[0] == "-" else ""
     digits = mantissa.removeprefix("-").replace(".", "").rstrip("0")
     return sign + _lay_out(digits or "0", int(exponent) + 1)
+
+
+def _shortest(value: float) -> float:
+    """The number of fewest digits that is the same float32. Runs for every token."""
+    packed = pack("<f", value)
+    for digits in FEWEST_DIGITS:
+        shorter = float(digits % value)
+        if pack("<f", shorter) == packed:
+            return shorter
+    return float(f"{value:.9g}")
 
 
 def _lay_out(digits: str, point: int) -> str:

@@ -155,7 +155,7 @@ class Flight:
     async def _fly(self, endpoint: Endpoint, request: Request) -> None:
         """The request as it came, but from a client that never leaves."""
         response = await endpoint(Request(request.scope, receive=_nothing_more))
-        await response(request.scope, _nothing_more, self._record)
+        await response({**request.scope, "extensions": {}}, _nothing_more, self._record)
 
     async def _record(self, message: Message) -> None:
         if message["type"] == "http.response.start":

@@ -7,9 +7,10 @@ client stumbles over.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine
-from contextlib import aclosing
-from typing import Any, Final, TypeVar
+from collections.abc import Callable, Coroutine, Iterable, Iterator
+from contextlib import AsyncExitStack, suppress
+from itertools import chain
+from typing import Any, Final, Protocol, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -26,15 +27,47 @@ ERROR: Final = b'data: {"error":'
 """How the frame of an error begins, on every route, and no other frame does."""
 
 
+BODY_EXTENSION: Final = "shardstream.body"
+"""The ASGI extension by which our server offers a `Body`, as its "body"."""
+
+Frames = Iterator[bytes | None]
+"""Events in their order; None stands for as long as there is no new one, until it is asked again."""
+
+
+class Source(Protocol):
+    """Where new frames come from."""
+
+    def tell(self, on_news: Callable[[], None]) -> None:
+        """Has `on_news` called with everything new from now on, instead of what was called before."""
+
+
+class Body(Protocol):
+    """A streamed body that is written at once, by whoever has something to write.
+
+    Through ASGI each piece is a message that six coroutines hand on, in a task that has to be woken for it.
+    """
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the client is too slow for what is written already."""
+
+    def write(self, data: bytes) -> None:
+        """Goes nowhere when the client has left."""
+
+    async def drain(self) -> None:
+        """Waits until it is not full any more."""
+
+
 class ClientGone(Exception):
     """The client closed the connection; there is nobody to answer."""
 
 
 def frame(payload: bytes) -> bytes:
     """One event. `payload` is JSON, where these characters can only stand inside strings and may as well be escaped."""
-    for char, escape in LINE_ENDS_OF_PYTHON:
-        payload = payload.replace(char, escape)
-    return b"data: " + payload + b"\n\n"
+    if not payload.isascii():
+        for char, escape in LINE_ENDS_OF_PYTHON:
+            payload = payload.replace(char, escape)
+    return b"data: %b\n\n" % payload
 
 
 def is_error(frame: bytes) -> bool:
@@ -65,24 +98,80 @@ async def _disconnect(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Writes the first frame and the others until they end or the client goes; closes their generator either way."""
+    """Writes frames until they end or the client goes; lets go of what it holds either way."""
 
-    def __init__(self, first: bytes, frames: AsyncGenerator[bytes, None], headers: dict[str, str]) -> None:
+    def __init__(self, frames: Frames, sources: Iterable[Source], headers: dict[str, str]) -> None:
         super().__init__(headers=STREAM_HEADERS | headers)
         del self.headers["content-length"]
-        self._first = first
         self._frames = frames
+        self._sources = sources
+        self._held = AsyncExitStack()
+
+    async def begin(self) -> None:
+        """Waits for the first frame. Raises what the frames raise instead, which so has a status of its own."""
+        news = self._news()
+        while (first := next(self._frames)) is None:
+            news.clear()
+            await news.wait()
+        self._frames = chain((first,), self._frames)
+
+    def hold(self, held: AsyncExitStack) -> None:
+        """Keeps what the frames are made of until they are written."""
+        self._held = held
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with aclosing(self._frames):
-            try:
-                await unless_gone(receive, self._write(send))
-            except ClientGone:
-                return
+        async with self._held:
+            with suppress(ClientGone):
+                await unless_gone(receive, self._write(scope, send))
 
-    async def _write(self, send: Send) -> None:
+    async def _write(self, scope: Scope, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        await send({"type": "http.response.body", "body": self._first, "more_body": True})
-        async for data in self._frames:
-            await send({"type": "http.response.body", "body": data, "more_body": True})
+        body: Body | None = scope.get("extensions", {}).get(BODY_EXTENSION, {}).get("body")
+        if body is None:
+            await self._send_frames(send)
+        else:
+            while not await self._pour(body):
+                await body.drain()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _send_frames(self, send: Send) -> None:
+        news = self._news()
+        for data in self._frames:
+            if data is not None:
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+            else:
+                news.clear()
+                await news.wait()
+
+    async def _pour(self, body: Body) -> bool:
+        """Has every frame written by whoever brings the news, in the same call. Returns whether they have ended: before
+        that it stops when the body is full."""
+        ended: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+
+        def pour() -> None:
+            try:
+                while not ended.done():
+                    if body.is_full:
+                        ended.set_result(False)
+                    elif (data := next(self._frames)) is None:
+                        return
+                    else:
+                        body.write(data)
+            except StopIteration:
+                ended.set_result(True)
+            except Exception as error:
+                ended.set_exception(error)
+
+        self._listen(pour)
+        pour()
+        return await ended
+
+    def _news(self) -> asyncio.Event:
+        """Set with every piece of news."""
+        news = asyncio.Event()
+        self._listen(news.set)
+        return news
+
+    def _listen(self, on_news: Callable[[], None]) -> None:
+        for source in self._sources:
+            source.tell(on_news)

@@ -8,7 +8,8 @@ is told in the stream.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import Mapping
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
@@ -16,7 +17,7 @@ from typing import Final
 from fastapi import APIRouter, Request, Response
 
 from router.api import render
-from router.api.admission import Services, Wish, admitted, log_success, time_headers
+from router.api.admission import Call, Services, Wish, admitted, log_success, time_headers
 from router.api.body import Parsed, fit_body, read_body, read_json
 from router.api.collect import Collected, collect
 from router.api.openapi import answers, streams, takes
@@ -28,7 +29,7 @@ from router.api.schemas import (
     SimpleToken,
     TokenizePromptRequest,
 )
-from router.api.sse import EventStream, frame, unless_gone
+from router.api.sse import EventStream, Frames, frame, unless_gone
 from router.errors import IncompleteStream, RouterError
 from router.validate import Parameters, is_repeatable
 
@@ -153,31 +154,42 @@ async def _answer(services: Services, ask: _Ask, *, as_list: bool) -> Response:
 
 
 async def _stream(services: Services, request: Request, ask: _Ask) -> Response:
-    frames = _frames(services, ask)
-    first = await unless_gone(request.receive, anext(frames))
-    return EventStream(first, frames, _compute_headers(services, ask))
+    return await unless_gone(request.receive, _begin(services, ask))
 
 
-async def _frames(services: Services, ask: _Ask) -> AsyncGenerator[bytes, None]:
+async def _begin(services: Services, ask: _Ask) -> EventStream:
+    async with AsyncExitStack() as held:
+        call = await held.enter_async_context(
+            admitted(services, ask.request_id, ask.inputs, ask.parameters, stream=True)
+        )
+        stream = EventStream(_frames(call, ask), call.generations, _compute_headers(services, ask))
+        await stream.begin()
+        stream.hold(held.pop_all())
+        return stream
+
+
+def _frames(call: Call, ask: _Ask) -> Frames:
     """One frame per token. Raises a `RouterError` before the first one and turns it into a frame after it."""
-    async with admitted(services, ask.request_id, ask.inputs, ask.parameters, stream=True) as call:
-        generation, begun = call.generations[0], False
-        try:
-            async for event in generation:
-                body = render.stream_event(event.index, event.token, event.top_tokens)
-                if event.finish is not None:
-                    log_success(call, generation, event.finish)
-                    details = ask.parameters.details
-                    body |= render.stream_end(generation.request, event.finish, prefix=ask.prefix, details=details)
-                begun = True
-                yield frame(render.to_bytes(body))
-                if event.finish is not None:
-                    return
-            raise IncompleteStream
-        except RouterError as error:
-            if not begun:
-                raise
-            yield frame(render.to_bytes(render.error(error)))
+    generation, begun = call.generations[0], False
+    try:
+        for event in generation.arriving():
+            if event is None:
+                yield None
+                continue
+            body = render.stream_event(event.index, event.token, event.top_tokens)
+            if event.finish is not None:
+                log_success(call, generation, event.finish)
+                details = ask.parameters.details
+                body |= render.stream_end(generation.request, event.finish, prefix=ask.prefix, details=details)
+            begun = True
+            yield frame(render.to_bytes(body))
+            if event.finish is not None:
+                return
+        raise IncompleteStream
+    except RouterError as error:
+        if not begun:
+            raise
+        yield frame(render.to_bytes(render.error(error)))
 
 
 def _compute_headers(services: Services, ask: _Ask) -> dict[str, str]:

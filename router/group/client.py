@@ -21,6 +21,7 @@ from proto import shard_pb2_grpc
 from router.core.plan import StepOutput, StepPlan
 from router.errors import GroupLost, StartupError
 from router.group.codec import decode_output, encode_plan
+from router.group.deadline import Deadline
 
 MAX_MESSAGE_BYTES: Final = 64 << 20
 GOODBYE_S: Final = 1.0
@@ -100,6 +101,7 @@ class GroupClient:
         """Called on the event loop when the epoch ends, also while nothing is outstanding."""
         self._lost: GroupLost | None = None
         self._answered = asyncio.Event()
+        self._deadline = Deadline()
         self.codec_s = 0.0
         """Seconds spent turning plans and outputs into bytes and back, all epochs."""
         self._ranks: list[_Rank] = []
@@ -209,7 +211,7 @@ class GroupClient:
         """Collects a rank's answers until its stream ends, which ends the epoch."""
         try:
             while True:
-                answer = await _call(rank.address, rank.stream.read())
+                answer = await rank.stream.read()
                 if answer is grpc.aio.EOF:
                     raise GroupLost(f"{rank.address}: the stream has ended")
                 if answer.HasField("fault"):
@@ -219,7 +221,7 @@ class GroupClient:
         except GroupLost as error:
             self._lose(error)
         except Exception as error:  # bytes that are no message, say: whatever it is, this rank is of no use any more
-            self._lose(GroupLost(f"{rank.address}: {error!r}"))
+            self._lose(_lost(rank.address, error))
 
     def _lose(self, error: GroupLost) -> None:
         if self._lost is None:
@@ -240,11 +242,13 @@ class GroupClient:
         self.codec_s += time.perf_counter() - begun_at
         self._outstanding.append(plan)
         try:
-            async with asyncio.timeout(timeout_s):
-                for rank in self._ranks:
-                    await _call(rank.address, rank.stream.write(message))
+            await self._deadline.within(timeout_s, self._write(message))
         except TimeoutError:
             raise GroupLost(f"step {plan.step} was not taken within {timeout_s:.1f} s") from None
+
+    async def _write(self, message: pb.ToShard) -> None:
+        for rank in self._ranks:
+            await _call(rank.address, rank.stream.write(message))
 
     async def receive(self, timeout_s: float) -> StepOutput:
         """The answer to the oldest plan sent. Raises `GroupLost` on any failure, also past `timeout_s`."""
@@ -260,14 +264,16 @@ class GroupClient:
     async def _have_answers(self, timeout_s: float) -> bool:
         """Whether every rank has answered, within the time given."""
         try:
-            async with asyncio.timeout(timeout_s):
-                while not all(rank.answers for rank in self._ranks):
-                    self.raise_if_lost()
-                    self._answered.clear()
-                    await self._answered.wait()
+            await self._deadline.within(timeout_s, self._wait_for_answers())
         except TimeoutError:
             return False
         return True
+
+    async def _wait_for_answers(self) -> None:
+        while not all(rank.answers for rank in self._ranks):
+            self.raise_if_lost()
+            self._answered.clear()
+            await self._answered.wait()
 
     def _decode(self, plan: StepPlan, answers: list[pb.FromShard]) -> StepOutput:
         first = answers[0].output
@@ -280,6 +286,7 @@ class GroupClient:
         """Leaves the ranks; with a goodbye they wait for the next epoch, without one they end."""
         ranks, self._ranks = self._ranks, []
         self._outstanding.clear()
+        self._deadline.close()
         for rank in ranks:
             if goodbye:
                 await _say_goodbye(rank)
@@ -307,16 +314,16 @@ async def _say_goodbye(rank: _Rank) -> None:
 async def _call(address: str, call: Awaitable[T]) -> T:
     try:
         return await call
-    except grpc.RpcError as error:
-        raise GroupLost(f"{address}: {_reason(error)}") from error
-    except asyncio.InvalidStateError as error:  # grpc.aio: the stream has ended already
-        raise GroupLost(f"{address}: the stream has ended") from error
+    except (grpc.RpcError, asyncio.InvalidStateError) as error:
+        raise _lost(address, error) from error
 
 
-def _reason(error: grpc.RpcError) -> str:
+def _lost(address: str, error: Exception) -> GroupLost:
     if isinstance(error, grpc.aio.AioRpcError):
-        return f"{error.code().name}: {error.details()}"
-    return str(error)
+        return GroupLost(f"{address}: {error.code().name}: {error.details()}")
+    if isinstance(error, asyncio.InvalidStateError):  # grpc.aio: the stream has ended already
+        return GroupLost(f"{address}: the stream has ended")
+    return GroupLost(f"{address}: {error!r}")
 
 
 def _group_info(info: pb.ShardInfo, configure: pb.ConfigureRequest) -> GroupInfo:

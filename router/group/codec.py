@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import islice
+from itertools import chain, islice
 
 from proto import shard_pb2 as pb
 from router.core.plan import Open, Row, RowOutput, SampledToken, StepOutput, StepPlan, Timings, TopTokens
@@ -12,21 +12,21 @@ from router.errors import GroupLost
 
 def encode_plan(plan: StepPlan) -> pb.StepPlan:
     """Columns and deltas; a plan of 256 rows is about 1 KB."""
-    rows = plan.rows
+    seats, nums_tokens, literals, new_blocks, emits, targets, nums_drafts = zip(*plan.rows, strict=True)
     return pb.StepPlan(
         step=plan.step,
         closes=plan.closes,
         opens=[_encode_open(o) for o in plan.opens],
-        row_seat=[row.seat for row in rows],
-        row_num_tokens=[row.num_tokens for row in rows],
-        row_num_literals=[len(row.literals) for row in rows],
-        row_num_new_blocks=[len(row.new_blocks) for row in rows],
-        row_emit=[row.emit for row in rows],
-        row_num_targets=[len(row.targets) for row in rows],
-        row_num_drafts=[row.num_drafts for row in rows] if plan.has_drafts else (),
-        literals=[token for row in rows for token in row.literals],
-        new_blocks=[block for row in rows for block in row.new_blocks],
-        targets=[token for row in rows for token in row.targets],
+        row_seat=seats,
+        row_num_tokens=nums_tokens,
+        row_num_literals=map(len, literals),
+        row_num_new_blocks=map(len, new_blocks),
+        row_emit=emits,
+        row_num_targets=map(len, targets),
+        row_num_drafts=nums_drafts if plan.has_drafts else (),
+        literals=chain.from_iterable(literals),
+        new_blocks=chain.from_iterable(new_blocks),
+        targets=chain.from_iterable(targets),
     )
 
 
@@ -85,6 +85,35 @@ def _decode_output(message: pb.StepOutput, plan: StepPlan, vocab_size: int) -> S
         raise ValueError(f"it is numbered {message.step}")
     if len(message.row_num_emitted) != len(plan.rows):
         raise ValueError(f"{len(message.row_num_emitted)} rows for {len(plan.rows)}")
+    timings = message.timings
+    return StepOutput(
+        plan.step,
+        _plain_rows(message, plan, vocab_size) or _ragged_rows(message, plan, vocab_size),
+        Timings(timings.wait_us, timings.inputs_us, timings.forward_us, timings.sample_us),
+    )
+
+
+def _plain_rows(message: pb.StepOutput, plan: StepPlan, vocab_size: int) -> list[RowOutput] | None:
+    """For the answer that nearly every step has: one token of each row, and nothing else. None: it has more or less."""
+    if message.row_faults or message.row_num_forced or message.forced_token_ids:
+        return None
+    if message.top_token_ids or message.top_logprobs or message.target_logprobs:
+        return None
+    if message.target_num_top or message.target_top_token_ids or message.target_top_logprobs:
+        return None
+    if plan.has_drafts or not all(row.emit and not row.targets for row in plan.rows):
+        return None
+    token_ids, logprobs, ones = message.token_ids[:], message.logprobs[:], [1] * len(plan.rows)
+    if message.row_num_emitted != ones or not len(token_ids) == len(logprobs) == len(message.num_top) == len(ones):
+        return None
+    if any(message.num_top) or max(token_ids) >= vocab_size:
+        return None
+    return [
+        RowOutput((SampledToken(token_id, logprob),)) for token_id, logprob in zip(token_ids, logprobs, strict=True)
+    ]
+
+
+def _ragged_rows(message: pb.StepOutput, plan: StepPlan, vocab_size: int) -> list[RowOutput]:
     faults = {fault.row: fault.message for fault in message.row_faults}
     token_ids, logprobs, num_top = list(message.token_ids), list(message.logprobs), list(message.num_top)
     top_ids, top_logprobs = list(message.top_token_ids), list(message.top_logprobs)
@@ -121,12 +150,7 @@ def _decode_output(message: pb.StepOutput, plan: StepPlan, vocab_size: int) -> S
     given = (len(token_ids), len(logprobs), len(num_top), len(top_ids), len(top_logprobs), len(target_logprobs))
     if given != (token, token, token, top, top, target):
         raise ValueError(f"ragged columns of {given} entries")
-    timings = message.timings
-    return StepOutput(
-        plan.step,
-        rows,
-        Timings(timings.wait_us, timings.inputs_us, timings.forward_us, timings.sample_us),
-    )
+    return rows
 
 
 def _may_emit(row: Row, num_tokens: int, *, has_failed: bool) -> bool:

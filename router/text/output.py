@@ -7,15 +7,14 @@ which never is part of the sequence's text.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from router.text.detokenize import Detokenizer
 from router.text.stop import StopMatcher
 from router.text.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """A token's text for its client. `stopped`: with it a stop string is complete and the sequence ends."""
 
     text: str
@@ -55,6 +54,9 @@ class OutputText:
         if self._tokenizer.is_special(token_id):
             return self._push_special(token_id, last)
         new = self._detokenizer.push(token_id)
+        if not (self._stop or last):  # as nearly always: nothing can end here, and nothing waits
+            self._shown.append(new)
+            return Piece(new, special=False, stopped=False)
         stopped = self._append(new)
         if last and not stopped:
             stopped = self._append(self._detokenizer.flush())

@@ -83,8 +83,7 @@ def cost_row(name: str, rounds: Sequence[Round]) -> list[str]:
         return sum(round_.counted.get(f"shardstream_{name}", float("nan")) for round_ in rounds)
 
     num_steps, num_tokens = counted("step_count"), counted("generated_tokens_count")
-    publish_s = counted("router_publish_seconds_sum")
-    router_s = counted("router_step_seconds_sum") + publish_s
+    publish_s, router_s = counted("router_publish_seconds_sum"), counted("router_cpu_seconds_sum")
     shard_s = [counted(f"shard_{part}_seconds_sum") for part in ("wait", "inputs", "forward", "sample")]
     client_s, num_events = sum(r.client_cpu_s for r in rounds), sum(r.num_tokens for r in rounds)
     return [
@@ -103,7 +102,7 @@ COST_HEADER = (
     "streams",
     "steps",
     "tok/step",
-    "router us/step",
+    "router cpu us/step",
     "us/token",
     "publish us/token",
     "shard wait ms/step",

@@ -1,0 +1,201 @@
+"""Frames are written by whoever publishes a token while the client keeps up, and none is lost when it does not."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import uvicorn
+from starlette.types import Message
+
+from router.api.connection import Connection
+from router.api.sse import BODY_EXTENSION, EventStream, Frames
+from router.core.request import FinishReason
+from router.engine import Finish, Generation, TokenEvent
+from tests.engines import greedy
+from tests.http_app import CONFIG, PARIS, FakeEngine, Script, build
+
+LAST = Finish(FinishReason.LENGTH, "", 1)
+
+
+class FakeBody:
+    """Full behind every `room` frames, until it is drained."""
+
+    def __init__(self, room: int = 1000) -> None:
+        self.written: list[bytes] = []
+        self.drained = asyncio.Event()
+        self._room = room
+        self._num_free = room
+
+    @property
+    def is_full(self) -> bool:
+        return self._num_free == 0
+
+    def write(self, data: bytes) -> None:
+        assert self._num_free > 0, "it was full"
+        self._num_free -= 1
+        self.written.append(data)
+
+    async def drain(self) -> None:
+        await self.drained.wait()
+        self._num_free = self._room
+
+
+def frames_of(generation: Generation) -> Frames:
+    for event in generation.arriving():
+        yield None if event is None else b"%d" % event.index
+
+
+def event(index: int, *, last: bool = False) -> TokenEvent:
+    return TokenEvent(index, PARIS[0], finish=LAST if last else None)
+
+
+def begin(generation: Generation, body: FakeBody, frames: Frames | None = None) -> asyncio.Task[None]:
+    """The stream being written, to a client that stays."""
+
+    async def receive() -> Message:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def send(message: Message) -> None:
+        assert not message.get("body"), "frames take the short way"
+
+    stream = EventStream(frames or frames_of(generation), [generation], {})
+    scope = {"type": "http", "extensions": {BODY_EXTENSION: {"body": body}}}
+    return asyncio.create_task(stream(scope, receive, send))
+
+
+def new_generation() -> Generation:
+    return Generation(greedy([1, 2], 9), lambda _: None)
+
+
+async def settle() -> None:
+    """Lets everything happen that can."""
+    for _ in range(50):
+        await asyncio.sleep(0)
+
+
+def test_who_publishes_writes_at_once() -> None:
+    async def act() -> None:
+        generation, body = new_generation(), FakeBody()
+        generation.publish(event(1))
+        writing = begin(generation, body)
+        await settle()
+        assert body.written == [b"1"]
+
+        generation.publish(event(2))
+        assert body.written == [b"1", b"2"]
+        generation.publish(event(3, last=True))
+        assert body.written == [b"1", b"2", b"3"]
+        await writing
+
+    asyncio.run(asyncio.wait_for(act(), 30.0))
+
+
+def test_a_slow_client_is_waited_for_and_misses_nothing() -> None:
+    async def act() -> None:
+        generation, body = new_generation(), FakeBody(room=2)
+        writing = begin(generation, body)
+        await settle()
+        for index in range(1, 6):
+            generation.publish(event(index))
+        assert body.written == [b"1", b"2"]
+
+        body.drained.set()
+        await settle()
+        generation.publish(event(6, last=True))
+        await writing
+        assert body.written == [b"%d" % index for index in range(1, 7)]
+
+    asyncio.run(asyncio.wait_for(act(), 30.0))
+
+
+def test_what_goes_wrong_ends_the_stream_and_not_the_publisher() -> None:
+    def broken() -> Frames:
+        yield None
+        raise ZeroDivisionError
+
+    async def act() -> None:
+        generation = new_generation()
+        writing = begin(generation, FakeBody(), broken())
+        await settle()
+        assert not writing.done()
+
+        generation.publish(event(1))
+        with pytest.raises(ZeroDivisionError):
+            await writing
+        generation.publish(event(2, last=True))
+
+    asyncio.run(asyncio.wait_for(act(), 30.0))
+
+
+def test_nothing_is_written_for_a_client_that_left() -> None:
+    async def act() -> None:
+        generation, body = new_generation(), FakeBody()
+        writing = begin(generation, body)
+        generation.publish(event(1))
+        await settle()
+        assert body.written == [b"1"]
+
+        writing.cancel()
+        await asyncio.wait((writing,))
+        generation.publish(event(2, last=True))
+        assert body.written == [b"1"]
+
+    asyncio.run(asyncio.wait_for(act(), 30.0))
+
+
+NUM_TOKENS = 400
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[tuple[str, int]]:
+    """Of an application behind our connections that writes megabytes at once."""
+    tokens = [PARIS[0]._replace(text=f"{index} " + "x" * 20_000) for index in range(NUM_TOKENS)]
+    engine = FakeEngine([Script(tokens, reason=FinishReason.LENGTH)])
+    config = uvicorn.Config(
+        build(engine, replace(CONFIG, response_cache_bytes=100_000_000)),
+        http=Connection,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+    )
+    server = uvicorn.Server(config)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        try:
+            yield listener.getsockname()
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@pytest.mark.parametrize(
+    ("route", "asked"),
+    [
+        ("/generate_stream", {"inputs": "a", "parameters": {"seed": 1}}),
+        ("/generate_stream", {"inputs": "a"}),
+        ("/v1/completions", {"prompt": "a", "stream": True, "temperature": 1, "seed": None}),
+    ],
+    ids=["kept for others", "native", "openai"],
+)
+def test_megabytes_reach_a_client_that_reads_late(
+    address: tuple[str, int], route: str, asked: dict[str, object]
+) -> None:
+    body = json.dumps(asked)
+    head = f"POST {route} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
+    with socket.create_connection(address, timeout=30.0) as client:
+        client.sendall(f"{head}connection: close\r\n\r\n{body}".encode())
+        threading.Event().wait(0.2)  # until its buffers are full
+        received = b"".join(iter(lambda: client.recv(1 << 20), b""))
+
+    places = [received.find(f'"{index} xxx'.encode()) for index in range(NUM_TOKENS)]
+    assert -1 not in places
+    assert places == sorted(places)
+    assert received.endswith(b"\r\n0\r\n\r\n")
