@@ -73,14 +73,16 @@ def main() -> None:
 
 
 def _share_cores(config: Config) -> None:
-    """Where local shards compute on the same cores, has Linux not interrupt a computing thread for one that wakes up.
+    """Where local shards compute on the same cores, has Linux not interrupt a thread of ours for another that wakes up.
 
     A step's threads wait for each other, so that what interrupts one holds up all; behind the step, where one thread
-    samples, a core is free anyway. Every process that is started from here inherits this.
+    samples, a core is free anyway. Holds for this process and all that it starts.
     """
     computes_here = config.device == "cpu" or (config.device == "auto" and not Path("/dev/nvidiactl").exists())
-    if computes_here and not config.shard_addresses and os.sched_getscheduler(0) == os.SCHED_OTHER:
-        with suppress(PermissionError):  # a container may forbid it; it is only a matter of speed
+    if not computes_here or config.shard_addresses:
+        return
+    with suppress(OSError):  # a sandbox may forbid it or not know it; it is only a matter of speed
+        if os.sched_getscheduler(0) == os.SCHED_OTHER:
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 

@@ -83,7 +83,7 @@ class Generation:
             event = self._events.popleft() if self._events else None
             yield event
 
-    def tell(self, on_news: Callable[[], None]) -> None:
+    def subscribe(self, on_news: Callable[[], None]) -> None:
         """Has `on_news` called with every event and error from now on, by whoever publishes it. It must not raise."""
         self._on_news = on_news
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from shard.draw import draw, draw_from_vocabulary, uniform
 from shard.kernels.native import ChoiceRules
-from shard.logits import argmax, likeliest
+from shard.logits import argmax, likeliest, native_threads
 from shard.processors import Truncation, truncate
 from shard.sampling_params import SamplingParams
 
@@ -145,15 +145,24 @@ def _choose_group(
     """The rows of one group, packed, [R, V], [R, B] -> [R]; seeds and positions are the batch's."""
     if isinstance(group, Greedy):
         return argmax(scores, maxima)
-    numbers = [uniform(seeds[row], positions[row]) for row in group.rows]
-    u = torch.tensor(numbers, dtype=torch.float64, device=scores.device)
     if isinstance(group, Free):
+        if (threads := native_threads(scores)) is not None:
+            # As where all rows are plain: a row's company must not change its rounding.
+            rules = ChoiceRules(group.temperature.squeeze(1).tolist(), [seeds[row] for row in group.rows])
+            return rules.choose(scores, [positions[row] for row in group.rows], [], threads)[0]
+        u = _numbers(group.rows, seeds, positions, scores.device)
         return draw_from_vocabulary(_probabilities(scores, maxima, group.temperature), u)
+    u = _numbers(group.rows, seeds, positions, scores.device)
     mass = None
     if not group.has_top_k:
         probabilities = _probabilities(scores, maxima, group.truncation.temperature.float())
         mass = probabilities.amax(-1, keepdim=True).double().reciprocal()
     return _draw_cut(scores, maxima, group.truncation, mass, u, group.width)
+
+
+def _numbers(rows: Sequence[int], seeds: Sequence[int], positions: Sequence[int], device: torch.device) -> Tensor:
+    """[R] what rows draw by."""
+    return torch.tensor([uniform(seeds[row], positions[row]) for row in rows], dtype=torch.float64, device=device)
 
 
 def _probabilities(scores: Tensor, maxima: Tensor, temperature: Tensor) -> Tensor:

@@ -326,11 +326,14 @@ def _rotations(source: Source) -> tuple[list[Rotation], Callable[[nn.Module], in
     kinds: list[str] = list(rotary.layer_types)  # type: ignore[arg-type]
     for kind in kinds:
         _check_rope(rotary.rope_type[kind])  # type: ignore[index]
-    return [_rotation(rotary, f"{kind}_") for kind in kinds], lambda layer: kinds.index(_kind_of(_attention(layer)))
+    return [_rotation(rotary, f"{kind}_") for kind in kinds], lambda layer: _kind_index(kinds, _attention(layer))
 
 
-def _kind_of(attention: nn.Module) -> str:
-    return str(getattr(attention, "layer_type", None) or getattr(attention, "attention_type", None))
+def _kind_index(kinds: Sequence[str], attention: nn.Module) -> int:
+    kind = str(getattr(attention, "layer_type", None) or getattr(attention, "attention_type", None))
+    if kind not in kinds:
+        raise NotFusable(f"it has no rotary angles for attention of the type {kind}")
+    return kinds.index(kind)
 
 
 def _rotates(model_type: str, attention: nn.Module) -> bool:
@@ -371,7 +374,11 @@ def _norm_in(parent: nn.Module, name: str) -> Norm | None:
 
 def _head_norm_in(attention: nn.Module, name: str) -> Tensor | None:
     norm = _norm_in(attention, name)
-    return None if norm is None else norm.weight
+    if norm is None:
+        return None
+    if norm.bias is not None:
+        raise NotFusable("a norm of its heads takes the mean off")
+    return norm.weight
 
 
 def _norm(module: nn.Module) -> Norm:

@@ -40,6 +40,8 @@ class PlanError(Exception):
 class ModelInputs:
     """One step as tensors. T tokens fed, E places where a token is chosen, S known tokens to be scored.
 
+    Good until the next step's are made, which may be the same tensors with other numbers.
+
     A row that emits has one such place, behind its last token, and one more before each of its drafts.
     """
 

@@ -170,24 +170,29 @@ def run_plans(worker: Worker, plans: Plans, hand_over: Callable[[pb.FromShard | 
     """Runs plans on the model thread until there are no more, and hands their answers over, in order; None is the last.
 
     Whoever takes an answer wakes up and works, and would hold up the inputs of the next step if one is waiting already.
-    Its answer waits until these are made, a tenth of a millisecond, and no longer; nor is it lost if that step fails.
+    Its answer waits until these are made, a tenth of a millisecond, unless sequences come or go, for which making ready
+    may take long; nor is it lost if that step fails.
     """
-    held: pb.FromShard | None = None
+    held: list[pb.FromShard] = []  # one, or none
+
+    def deliver() -> None:
+        while held:
+            hand_over(held.pop())
+
     try:
         while True:
-            if held is not None and plans.empty():
-                hand_over(held)
-                held = None
+            if plans.empty():
+                deliver()
             if (next_plan := plans.get()) is None:
                 return
-            step = worker.prepare(*next_plan)
-            if held is not None:
-                hand_over(held)
-            held = None
-            held = worker.run(step)
+            plan, arrived_at = next_plan
+            if plan.opens or plan.closes:
+                deliver()
+            step = worker.prepare(plan, arrived_at)
+            deliver()
+            held.append(worker.run(step))
     finally:
-        if held is not None:
-            hand_over(held)
+        deliver()
         hand_over(None)
 
 

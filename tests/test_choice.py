@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from shard import choice
 from shard.draw import uniform
 from shard.kernels import build
 from shard.kernels.build import AVX2, AVX512, Variant, best_variant
@@ -168,6 +169,24 @@ def test_a_row_is_chosen_the_same_by_any_number_of_threads_and_in_any_company(te
 # The sampler with it and without
 
 
+def test_a_row_draws_by_the_same_arithmetic_beside_rows_that_are_not_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    def another(*_: object) -> Tensor:
+        raise AssertionError("its sums are rounded in another way")
+
+    monkeypatch.setattr(choice, "draw_from_vocabulary", another)
+    logits, positions = random_logits((9, 20_000)), list(range(9))
+    drawn = [SamplingParams(do_sample=True, temperature=0.9, seed=seed_of(row)) for row in range(8)]
+    tokens: list[list[int]] = []
+    for params in (drawn, [*drawn, SamplingParams(do_sample=True, top_k=5, seed=1)]):
+        sampler = Sampler(vocab_size=20_000, max_seats=9, eos_token_ids=[], device=torch.device("cpu"))
+        for seat, p in enumerate(params):
+            sampler.open(seat, p, [], 0)
+        rows = range(len(params))
+        tokens.append(sampler.sample(logits[: len(params)], rows, positions[: len(params)]).token_ids[:8].tolist())
+
+    assert tokens[0] == tokens[1]
+
+
 def sampled_lives(params: Sequence[SamplingParams], vocab_size: int) -> list[Sampled]:
     """Ten steps of some seats, with logits that have ties."""
     sampler = Sampler(vocab_size=vocab_size, max_seats=len(params), eos_token_ids=[2, 9], device=torch.device("cpu"))
@@ -206,7 +225,8 @@ def test_a_plain_batch_is_chosen_as_without_native_operations(monkeypatch: pytes
 
     monkeypatch.setattr(ChoiceRules, "choose", counted)
     native = sampled_lives(params, 3000)
-    monkeypatch.setattr("shard.sampler.native_threads", lambda logits: None)
+    for module in ("shard.sampler", "shard.choice"):
+        monkeypatch.setattr(f"{module}.native_threads", lambda logits: None)
 
     plain = sampled_lives(params, 3000)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+import uvloop
 
 from router.group.deadline import Deadline
 
@@ -82,3 +83,12 @@ def test_a_cancellation_from_outside_is_no_timeout() -> None:
             await waiting
 
     asyncio.run(act())
+
+
+def test_a_deadline_within_a_millisecond_is_one_on_uvloop_too() -> None:
+    async def act() -> int:
+        deadline = Deadline()
+        await deadline.within(0.0003, five())
+        return await deadline.within(60.0, five())
+
+    assert uvloop.run(act()) == 5

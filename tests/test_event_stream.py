@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import socket
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import cast
 
 import pytest
 import uvicorn
 from starlette.types import Message
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
+from uvicorn.server import ServerState
 
+from router.api.admission import Call
 from router.api.connection import Connection
+from router.api.openai_run import Choice, arriving
 from router.api.sse import BODY_EXTENSION, EventStream, Frames
-from router.core.request import FinishReason
+from router.core.request import FinishReason, Request
 from router.engine import Finish, Generation, TokenEvent
+from router.errors import GenerationFailed
 from tests.engines import greedy
 from tests.http_app import CONFIG, PARIS, FakeEngine, Script, build
 
@@ -199,3 +206,114 @@ def test_megabytes_reach_a_client_that_reads_late(
     assert -1 not in places
     assert places == sorted(places)
     assert received.endswith(b"\r\n0\r\n\r\n")
+
+
+class FakeTransport(asyncio.Transport):
+    """Takes everything at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = b""
+        self.is_closed = False
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self.written += bytes(data)
+
+    def close(self) -> None:
+        self.is_closed = True
+
+    def is_closing(self) -> bool:
+        return self.is_closed
+
+    def resume_reading(self) -> None:
+        pass
+
+
+def connect(engine: FakeEngine) -> tuple[Connection, FakeTransport]:
+    config = uvicorn.Config(build(engine), http=Connection, ws="none", lifespan="off", log_config=None)
+    config.load()
+    connection, transport = Connection(config, ServerState(), {}), FakeTransport()
+    connection.connection_made(transport)
+    return connection, transport
+
+
+def asking() -> bytes:
+    body = b'{"inputs":"a"}'
+    head = b"POST /generate_stream HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+    return head % len(body) + body
+
+
+class HandedOver(FakeEngine):
+    """Publishes nothing by itself."""
+
+    generation: Generation | None = None
+
+    def submit(self, request: Request) -> Generation:
+        self.generation = Generation(request, self._cancel)
+        self.generation.note_planned()
+        return self.generation
+
+
+@pytest.mark.parametrize("num_turns", range(8))
+def test_a_client_that_leaves_about_its_first_token_is_no_error(
+    num_turns: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def act() -> None:
+        engine = HandedOver()
+        connection, transport = connect(engine)
+        connection.data_received(asking())
+        await settle()
+        assert engine.generation is not None
+        engine.generation.publish(event(1))
+        for _ in range(num_turns):
+            await asyncio.sleep(0)
+
+        transport.is_closed = True
+        connection.connection_lost(None)
+        await settle()
+
+        assert engine.cancelled == [engine.generation.request]
+
+    asyncio.run(asyncio.wait_for(act(), 30.0))
+    assert "Exception in ASGI application" not in caplog.text
+
+
+def test_what_was_answered_is_freed_without_the_garbage_collector() -> None:
+    async def ask(connection: Connection, request: bytes) -> None:
+        for _ in range(10):
+            connection.data_received(request)
+            for _ in range(3):
+                await settle()
+
+    def alive() -> int:
+        return sum(type(thing) in (Generation, RequestResponseCycle) for thing in gc.get_objects())
+
+    async def act(request: bytes) -> None:
+        connection, transport = connect(FakeEngine())
+        await ask(connection, request)  # what is kept for ever is made by now
+        gc.collect()
+        gc.disable()
+        try:
+            before = alive()
+            await ask(connection, request)
+            assert alive() <= before + 1, "the last one may still be held by its connection"
+        finally:
+            gc.enable()
+        assert transport.written.count(b" 200 OK") == 20
+
+    asyncio.run(asyncio.wait_for(act(asking()), 30.0))
+    asyncio.run(asyncio.wait_for(act(b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\n"), 30.0))
+
+
+def test_what_other_choices_have_comes_before_the_failure_of_one() -> None:
+    failing, other = new_generation(), new_generation()
+    call = cast("Call", None)
+    arrivals = arriving([Choice(0, call, failing), Choice(1, call, other)])
+    assert next(arrivals) is None
+
+    other.publish(event(1))
+    failing.fail(GenerationFailed("it broke"))
+
+    assert next(arrivals) == (Choice(1, call, other), event(1))
+    with pytest.raises(GenerationFailed, match="it broke"):
+        next(arrivals)

@@ -55,6 +55,16 @@ def with_plans(steps: Steps, *numbers: int) -> Steps:
     return steps
 
 
+@pytest.mark.parametrize("plan", [pb.StepPlan(step=2, opens=[pb.Open(seat=1)]), pb.StepPlan(step=2, closes=[1])])
+def test_an_answer_does_not_wait_for_sequences_that_come_or_go(plan: pb.StepPlan) -> None:
+    steps = with_plans(Steps(), 1)
+    steps.plans.put((plan, 0.0))
+
+    run_plans(steps, steps.plans, steps.take)  # type: ignore[arg-type]
+
+    assert steps.events == ["prepare 1", "run 1", "answer 1", "prepare 2", "run 2", "answer 2", "end"]
+
+
 def test_an_answer_is_handed_over_when_the_next_step_is_about_to_run() -> None:
     steps = with_plans(Steps(), 1, 2)
 

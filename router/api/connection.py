@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import weakref
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any, Final
@@ -138,7 +139,7 @@ class Connection(HttpToolsProtocol):
             raise RefusedHead
         if not self.parser.should_upgrade():
             super().on_headers_complete()
-            self.scope["extensions"] = {BODY_EXTENSION: {"body": ChunkedBody(self.cycle)}}
+            self.scope["extensions"] = {BODY_EXTENSION: {"body": ChunkedBody(weakref.proxy(self.cycle))}}
 
     def on_message_complete(self) -> None:
         self._is_in_trailers = False
@@ -165,7 +166,8 @@ class Connection(HttpToolsProtocol):
 
 
 class ChunkedBody:
-    """The `Body` of an answer whose head uvicorn has written, without a content-length, and whose end it will write."""
+    """The `Body` of an answer whose head uvicorn has written, without a content-length, and whose end it will write;
+    neither is written if the client has left."""
 
     __slots__ = ("_cycle",)
 
@@ -178,9 +180,10 @@ class ChunkedBody:
 
     def write(self, data: bytes) -> None:
         cycle = self._cycle
+        if cycle.disconnected:
+            return
         assert cycle.chunked_encoding, "the head says something else"
-        if not cycle.disconnected:
-            cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
 
     async def drain(self) -> None:
         await self._cycle.flow.drain()

@@ -132,16 +132,22 @@ def choices_of(calls: Sequence[Call]) -> list[Choice]:
 
 def arriving(choices: Sequence[Choice]) -> Iterator[tuple[Choice, TokenEvent] | None]:
     """Every event of every choice, as they come; None stands for as long as there is no new one. Raises the first
-    `RouterError`."""
+    `RouterError`, behind what the other choices have by then."""
     unfinished = [(choice, choice.generation.arriving()) for choice in choices]
     while unfinished:
+        failure: RouterError | None = None
         for choice, events in list(unfinished):
-            for event in events:
-                if event is None:
-                    break
-                yield choice, event
-            else:
-                unfinished.remove((choice, events))
+            try:
+                for event in events:
+                    if event is None:
+                        break
+                    yield choice, event
+                else:
+                    unfinished.remove((choice, events))
+            except RouterError as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
         if unfinished:
             yield None
 
@@ -169,10 +175,10 @@ async def _begin(services: Services, request: Request, wishes: Sequence[Wish], w
         calls = await held.enter_async_context(admit(services, request, wishes))
         choices = choices_of(calls)
         generations = [choice.generation for choice in choices]
-        stream = EventStream(_frames(calls, choices, writer), generations, compute_headers(services, wishes))
-        await stream.begin()
-        stream.hold(held.pop_all())
-        return stream
+        events = EventStream(_frames(calls, choices, writer), generations, compute_headers(services, wishes))
+        await events.begin()
+        events.hold(held.pop_all())
+        return events
 
 
 def _frames(calls: Sequence[Call], choices: Sequence[Choice], writer: Writer) -> Frames:

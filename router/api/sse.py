@@ -37,8 +37,8 @@ Frames = Iterator[bytes | None]
 class Source(Protocol):
     """Where new frames come from."""
 
-    def tell(self, on_news: Callable[[], None]) -> None:
-        """Has `on_news` called with everything new from now on, instead of what was called before."""
+    def subscribe(self, on_news: Callable[[], None]) -> None:
+        """Has `on_news`, which must not raise, called with everything new from now on, and what was before no more."""
 
 
 class Body(Protocol):
@@ -121,8 +121,11 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self._held:
-            with suppress(ClientGone):
-                await unless_gone(receive, self._write(scope, send))
+            try:
+                with suppress(ClientGone):
+                    await unless_gone(receive, self._write(scope, send))
+            finally:
+                self._subscribe(_ignore)  # its sources and what they call would else keep each other alive
 
     async def _write(self, scope: Scope, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
@@ -144,34 +147,38 @@ class EventStream(Response):
                 await news.wait()
 
     async def _pour(self, body: Body) -> bool:
-        """Has every frame written by whoever brings the news, in the same call. Returns whether they have ended: before
-        that it stops when the body is full."""
-        ended: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        """Has every frame written by whoever brings the news, in the same call, until they have ended (True) or the
+        body is full (False)."""
+        outcome: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
 
         def pour() -> None:
             try:
-                while not ended.done():
+                while not outcome.done():
                     if body.is_full:
-                        ended.set_result(False)
+                        outcome.set_result(False)
                     elif (data := next(self._frames)) is None:
                         return
                     else:
                         body.write(data)
             except StopIteration:
-                ended.set_result(True)
+                outcome.set_result(True)
             except Exception as error:
-                ended.set_exception(error)
+                outcome.set_exception(error)
 
-        self._listen(pour)
+        self._subscribe(pour)
         pour()
-        return await ended
+        return await outcome
 
     def _news(self) -> asyncio.Event:
         """Set with every piece of news."""
         news = asyncio.Event()
-        self._listen(news.set)
+        self._subscribe(news.set)
         return news
 
-    def _listen(self, on_news: Callable[[], None]) -> None:
+    def _subscribe(self, on_news: Callable[[], None]) -> None:
         for source in self._sources:
-            source.tell(on_news)
+            source.subscribe(on_news)
+
+
+def _ignore() -> None:
+    """Nobody waits for news any more."""

@@ -42,8 +42,9 @@ NUM_DEATHS_BEFORE_PROBATION: Final = 2
 MAX_GUESSING_ROWS: Final = 4
 """In a larger batch a row's guesses cost as much as tokens that are certain to be used."""
 MAX_OPENS_BYTES: Final = 16 << 20
-"""Of all opens of a plan, on the wire, where a message has room for 64 MiB. Many clients may send their longest lists
-of forbidden words at once, or share a prefix of a hundred thousand tokens under rules that look back at it."""
+"""Of all opens of a plan, unless one alone is larger, on the wire, where a message has room for 64 MiB. Many clients
+may send their longest lists of forbidden words at once, or share a prefix of a hundred thousand tokens under rules that
+look back at it."""
 MAX_OPEN_NAMES_BYTES: Final = 1024
 """An open's names and numbers."""
 CONTRADICTION_FAULT: Final = "another token came than the grammar had left"
@@ -116,7 +117,7 @@ class Counters:
     num_skipped_tokens: int = 0
     """Emitted tokens that no row of their own was needed for: accepted drafts and forced ones."""
     num_rows_by_skipped: list[int] = field(default_factory=list)
-    """Of rows that emitted several tokens, how many skipped 0, 1, ... of them, or as many as the last or more."""
+    """Of rows that emitted several tokens, how many skipped as many as the index says, or, at the last, more."""
     num_drafted_tokens: int = 0
 
 

@@ -1,7 +1,7 @@
 """A timeout for what happens in every step, hundreds of times a second.
 
-`asyncio.timeout` sets a timer and cancels it again each time. Nearly always the next deadline lies behind the one
-before: so one timer stays, and sets itself anew when it goes off too early.
+`asyncio.timeout` sets a timer and cancels it again each time. Here one timer stays for the earliest deadline so far,
+and when it goes off too early for the present one it sets itself anew.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ class Deadline:
 
     def __init__(self) -> None:
         self._at_s = 0.0
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.Handle | None = None
+        self._timer_at_s = 0.0
         self._waiting: asyncio.Task[object] | None = None
         self._has_passed = False
 
@@ -46,9 +47,10 @@ class Deadline:
 
     def _watch(self, loop: asyncio.AbstractEventLoop) -> None:
         if self._timer is not None:
-            if self._timer.when() <= self._at_s:
+            if self._timer_at_s <= self._at_s:
                 return
             self._timer.cancel()
+        self._timer_at_s = self._at_s
         self._timer = loop.call_at(self._at_s, self._look, loop)
 
     def _look(self, loop: asyncio.AbstractEventLoop) -> None:

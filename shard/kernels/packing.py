@@ -127,7 +127,7 @@ def _ordered(weight: Tensor, kind: Kind) -> tuple[Tensor, Tensor | None]:
         return _in_words((whole.short() + 128).to(torch.uint8)), scales
     if kind is Kind.INT4:
         return _in_groups(weight)
-    return _in_words(weight), None
+    return _in_words(weight.to(kind.dtype)), None
 
 
 def _in_words(weight: Tensor) -> Tensor:

@@ -387,7 +387,7 @@ class Decoder {
   // A few tokens are done sooner than another thread could be told of them.
   template <class Work>
   void each_token(size_t num, const Work& work) {
-    const size_t together = num <= 4 ? num : std::max<size_t>(1, num / (4 * threads_.count()));
+    const size_t together = std::max<size_t>(1, num <= 4 ? num : num / (4 * threads_.count()));
     threads_.each((num + together - 1) / together, [&](size_t part) {
       for (size_t token = part * together; token < std::min(num, (part + 1) * together); token++) work(token);
     });
