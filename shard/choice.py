@@ -9,7 +9,7 @@ group every operation is row by row, so a row's token never depends on its batch
 
 Candidates come in a canonical order and their masses are summed from the left, so a wider look gives the same token.
 
-Rows that do not ask for candidates need not even be grouped: one native call chooses for all of them (`plain_rules`).
+Rows without typical-p need not even be grouped: one native call chooses for all of them (`plain_rules`).
 The module knows no sequence: what it is asked for is (seed, position) and numbers.
 """
 
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from shard.draw import draw, draw_from_vocabulary, uniform
-from shard.kernels.native import ChoiceRules
+from shard.kernels.native import ChoiceRules, Limits
 from shard.logits import argmax, likeliest, native_threads
 from shard.processors import Truncation, truncate
 from shard.sampling_params import SamplingParams
@@ -48,6 +48,7 @@ class Greedy:
 @dataclass(frozen=True, slots=True)
 class Free:
     rows: list[int]
+    rules: ChoiceRules
     temperature: Tensor  # [R, 1] float32
 
 
@@ -56,6 +57,8 @@ class Cut:
     """Either all rows have a top-k, and `width` has room for it, or none has one."""
 
     rows: list[int]
+    rules: ChoiceRules | None
+    """None: there is a typical-p, which these do not know."""
     truncation: Truncation
     width: int
     has_top_k: bool
@@ -70,32 +73,37 @@ def group_rows(
     """The ways in which some rows of a batch are chosen, with their parameters as tensors."""
     greedy = [row for row in rows if not params[row].do_sample]
     free = [row for row in rows if params[row].do_sample and not params[row].truncates]
-    cut: dict[tuple[int, bool], list[int]] = {}
+    cut: dict[tuple[int, bool, bool], list[int]] = {}
     for row in rows:
         p = params[row]
         if p.do_sample and p.truncates:
-            cut.setdefault((_width(p.top_k + _TIE_ROOM, vocab_size), p.top_k > 0), []).append(row)
+            key = _width(p.top_k + _TIE_ROOM, vocab_size), p.top_k > 0, p.typical_p < 1.0
+            cut.setdefault(key, []).append(row)
 
     def free_group(rows: list[int]) -> Free:
-        return Free(rows, column([params[row].temperature for row in rows], torch.float32, device))
+        alike = [params[row] for row in rows]
+        return Free(rows, plain_rules(alike), column([p.temperature for p in alike], torch.float32, device))
 
-    def cut_group(rows: list[int], width: int, has_top_k: bool) -> Cut:
-        return Cut(rows, _truncation([params[row] for row in rows], vocab_size, device), width, has_top_k)
+    def cut_group(rows: list[int], width: int, has_top_k: bool, has_typical_p: bool) -> Cut:
+        alike = [params[row] for row in rows]
+        rules = None if has_typical_p else plain_rules(alike)
+        return Cut(rows, rules, _truncation(alike, vocab_size, device), width, has_top_k)
 
     return [
         *([Greedy(greedy)] if greedy else []),
         *(free_group(rows) for rows in _batched(free, device)),
         *(
-            cut_group(rows, width, has_top_k)
-            for (width, has_top_k), alike in cut.items()
+            cut_group(rows, width, has_top_k, has_typical_p)
+            for (width, has_top_k, has_typical_p), alike in cut.items()
             for rows in ([alike] if has_top_k else _batched(alike, device))
         ),
     ]
 
 
 def plain_rules(params: Sequence[SamplingParams]) -> ChoiceRules:
-    """The ways in which all rows of a batch are chosen, none of them being more than greedy or free."""
-    return ChoiceRules([p.temperature if p.do_sample else 0.0 for p in params], [p.seed for p in params])
+    """The ways in which all rows of a batch are chosen, none of them with typical-p."""
+    temperatures = [p.temperature if p.do_sample else 0.0 for p in params]
+    return ChoiceRules(temperatures, [Limits(p.top_k, p.top_p, p.min_p) for p in params], [p.seed for p in params])
 
 
 def _batched(rows: list[int], device: torch.device) -> list[list[int]]:
@@ -145,24 +153,19 @@ def _choose_group(
     """The rows of one group, packed, [R, V], [R, B] -> [R]; seeds and positions are the batch's."""
     if isinstance(group, Greedy):
         return argmax(scores, maxima)
+    if group.rules is not None and (threads := native_threads(scores)) is not None:
+        # As where all rows of a batch are plain: a row's company must not change its rounding.
+        return group.rules.choose(scores, [positions[row] for row in group.rows], [], threads)[0]
+    u = torch.tensor(
+        [uniform(seeds[row], positions[row]) for row in group.rows], dtype=torch.float64, device=scores.device
+    )
     if isinstance(group, Free):
-        if (threads := native_threads(scores)) is not None:
-            # As where all rows are plain: a row's company must not change its rounding.
-            rules = ChoiceRules(group.temperature.squeeze(1).tolist(), [seeds[row] for row in group.rows])
-            return rules.choose(scores, [positions[row] for row in group.rows], [], threads)[0]
-        u = _numbers(group.rows, seeds, positions, scores.device)
         return draw_from_vocabulary(_probabilities(scores, maxima, group.temperature), u)
-    u = _numbers(group.rows, seeds, positions, scores.device)
     mass = None
     if not group.has_top_k:
         probabilities = _probabilities(scores, maxima, group.truncation.temperature.float())
         mass = probabilities.amax(-1, keepdim=True).double().reciprocal()
     return _draw_cut(scores, maxima, group.truncation, mass, u, group.width)
-
-
-def _numbers(rows: Sequence[int], seeds: Sequence[int], positions: Sequence[int], device: torch.device) -> Tensor:
-    """[R] what rows draw by."""
-    return torch.tensor([uniform(seeds[row], positions[row]) for row in rows], dtype=torch.float64, device=device)
 
 
 def _probabilities(scores: Tensor, maxima: Tensor, temperature: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ rows left over are chosen from a masked copy of their scores.
 What a seat needs to look back at (tokens, counts, n-grams) is built by `open` and `feed` and kept up to date by
 `sample`; a seat whose rules do not look back keeps nothing. A rule that nobody in the batch uses costs nothing.
 
-Where nobody in the batch has a rule that changes logits, a truncation, a grammar or a wish for top tokens, all of this
-is one native call, on CPUs that have it.
+Where nobody in the batch has a rule that changes logits, typical-p, a grammar or a wish for top tokens, all of this is
+one native call, on CPUs that have it.
 
 Penalties, bias and greedy choice follow the device without waiting for it. These wait: a seat with a watermark, n-gram
 or bad-words rule or a grammar (kept on the host), top tokens (how many tie), truncation (whether the candidates were

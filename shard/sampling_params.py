@@ -55,9 +55,10 @@ class SamplingParams:
 
     @property
     def is_plain(self) -> bool:
-        """Whether a token is chosen from the model's own logits, less what is forbidden, and nothing else is asked."""
+        """Whether a token is chosen from the model's own logits, less what is forbidden, by their order and masses
+        alone, and nothing else is asked."""
         changes_logits = self.penalises or self.watermarks or bool(self.bias_token_ids)
-        return not (changes_logits or (self.do_sample and self.truncates) or self.top_n_tokens)
+        return not (changes_logits or (self.do_sample and self.typical_p < 1.0) or self.top_n_tokens)
 
     @property
     def needs_tokens(self) -> bool:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -12,10 +13,13 @@ import torch
 from torch import Tensor
 
 from shard import choice
-from shard.draw import uniform
+from shard.choice import Cut, group_rows, plain_rules
+from shard.draw import draw, uniform
 from shard.kernels import build
 from shard.kernels.build import AVX2, AVX512, Variant, best_variant
-from shard.kernels.native import ChoiceRules, Library, Threads, library
+from shard.kernels.native import ChoiceRules, Library, Limits, Threads, library
+from shard.logits import Candidates
+from shard.processors import truncate
 from shard.sampler import Sampled, Sampler, SamplingParams
 
 pytestmark = pytest.mark.skipif(library() is None, reason="the native operations are not built for this machine")
@@ -51,7 +55,8 @@ def choose(
     first_position: int = 7,
 ) -> tuple[Tensor, Tensor, Tensor]:
     num_rows = len(logits)
-    rules = ChoiceRules(temperatures or [0.0] * num_rows, [seed_of(row) for row in range(num_rows)])
+    seeds = [seed_of(row) for row in range(num_rows)]
+    rules = ChoiceRules(temperatures or [0.0] * num_rows, [Limits()] * num_rows, seeds)
     return rules.choose(logits, range(first_position, first_position + num_rows), forbidden, team)
 
 
@@ -161,8 +166,170 @@ def test_a_row_is_chosen_the_same_by_any_number_of_threads_and_in_any_company(te
     together = choose(team, logits, temperatures)
 
     for row in range(9):
-        rules = ChoiceRules([temperatures[row]], [seed_of(row)])
+        rules = ChoiceRules([temperatures[row]], [Limits()], [seed_of(row)])
         token, logprob, _ = rules.choose(logits[row : row + 1], [7 + row], (), alone)
+        assert (token.item(), logprob.item()) == (together[0][row].item(), together[1][row].item())
+
+
+# Draws from the likeliest tokens
+
+
+def peaked(shape: tuple[int, int]) -> Tensor:
+    """Rows from flat to peaked, some of whose tokens are far above the rest."""
+    generator = torch.Generator().manual_seed(shape[1])
+    logits = torch.randn(shape, generator=generator) * torch.linspace(0.3, 6.0, shape[0]).unsqueeze(1)
+    return logits + 8.0 * (torch.rand(shape, generator=generator) > 0.999)
+
+
+def coarse(shape: tuple[int, int]) -> Tensor:
+    """Many ties, zeros of both signs among them."""
+    logits = (peaked(shape) / 2).round() * 2
+    return torch.where(torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.5, logits + 0.0, logits)
+
+
+def sparse(shape: tuple[int, int]) -> Tensor:
+    """Few finite numbers, as a rule that forbids most tokens leaves them."""
+    logits = peaked(shape)
+    is_left = torch.rand(shape, generator=torch.Generator().manual_seed(2)) < 0.003
+    is_left[:, -1] = True
+    return logits.masked_fill(~is_left, -math.inf)
+
+
+def equal(shape: tuple[int, int]) -> Tensor:
+    return torch.full(shape, -3.25)
+
+
+CUTS = [
+    *(SamplingParams(top_k=top_k) for top_k in (1, 2, 50, 51, 767, 1000, 10**6)),
+    *(SamplingParams(top_p=top_p) for top_p in (1e-9, 0.1, 0.8, 0.95, 0.9991, 0.9999999)),
+    *(SamplingParams(min_p=min_p) for min_p in (1e-30, 0.003, 0.2, 1.0)),
+    SamplingParams(top_k=60, top_p=0.93, min_p=0.01),
+    SamplingParams(top_k=60, top_p=0.93),
+    SamplingParams(top_k=10**6, top_p=0.71),
+    SamplingParams(top_k=1000, top_p=0.5, min_p=0.2),
+    SamplingParams(top_p=0.9, min_p=0.04),
+]
+"""More of them than rows, so that each comes with others, and twice with other temperatures."""
+
+
+def cut_rows(num_rows: int, first: int) -> list[SamplingParams]:
+    temperatures = (1.0, 0.3, 1.7, 1e-6, 1e-45, 30.0)
+    rng = random.Random(first)
+    cuts = [CUTS[(first + row) % len(CUTS)] for row in range(num_rows)]
+    return [
+        replace(cut, do_sample=True, temperature=rng.choice(temperatures), seed=seed_of(row))
+        for row, cut in enumerate(cuts)
+    ]
+
+
+def cut_draws(logits: Tensor, params: SamplingParams, position: int) -> set[int]:
+    """What torch draws for a row [V]; where the mass of the vocabulary counts, with one that is a millionth off too."""
+    (group,) = group_rows([params], [0], len(logits), logits.device)
+    assert isinstance(group, Cut)
+    candidates = Candidates(*logits.unsqueeze(0).sort(descending=True, stable=True))
+    values = candidates.values.double()
+    mass = ((values - values[:, :1]) / params.temperature).exp().sum(-1, keepdim=True)
+    masses: Sequence[Tensor | None] = [None] if group.has_top_k else [mass * (1 - 1e-6), mass, mass * (1 + 1e-6)]
+    u = torch.tensor([uniform(params.seed, position)], dtype=torch.float64)
+    draws = [draw(truncate(candidates, group.truncation, mass).weights, u) for mass in masses]
+    return {int(candidates.ids[0, index]) for index in draws}
+
+
+@cache
+def expected_draws(
+    rows: Callable[[tuple[int, int]], Tensor], shape: tuple[int, int]
+) -> list[tuple[list[SamplingParams], list[set[int]]]]:
+    logits = rows(shape)
+    batches = [cut_rows(shape[0], first) for first in range(0, len(CUTS), shape[0])]
+    return [
+        (params, [cut_draws(logits[row], p, row * len(CUTS)) for row, p in enumerate(params)]) for params in batches
+    ]
+
+
+@pytest.mark.parametrize("shape", [(5, 49152), (4, 12_345), (17, PART + 1), (7, 70), (7, 5)])
+@pytest.mark.parametrize("rows", [peaked, coarse, sparse, equal])
+def test_a_cut_draw_is_that_of_torch(
+    team: Threads, shape: tuple[int, int], rows: Callable[[tuple[int, int]], Tensor]
+) -> None:
+    logits = rows(shape)
+    positions = range(0, shape[0] * len(CUTS), len(CUTS))
+
+    for params, expected in expected_draws(rows, shape):
+        tokens, logprobs, faults = plain_rules(params).choose(logits, positions, (), team)
+
+        for token, draws, p in zip(tokens.tolist(), expected, params, strict=True):
+            assert token in draws, p
+        wanted = logits.double().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+        torch.testing.assert_close(logprobs.double(), wanted, atol=1e-5, rtol=0)
+        assert not faults.any()
+
+
+@pytest.mark.parametrize(
+    ("limits", "kept"),
+    [
+        (Limits(top_k=2), {30, 999, 70}),  # as likely as the second
+        (Limits(top_p=0.39), {30}),
+        (Limits(top_p=0.41), {30, 70}),  # of equal ones those that come first
+        (Limits(min_p=0.49), {30, 70, 999}),
+        (Limits(min_p=0.51), {30}),
+        (Limits(top_p=0.88), {30, 70, 999, 5}),
+        (Limits(top_k=4, top_p=0.88), {30, 70, 999}),  # a fraction of what top-k leaves
+        (Limits(top_p=0.85, min_p=0.3), {30, 70, 999}),
+        (Limits(top_k=4, top_p=0.7, min_p=0.3), {30, 70, 999}),  # also of what min-p drops
+    ],
+)
+def test_a_draw_stays_within_its_limits_and_reaches_them(team: Threads, limits: Limits, kept: set[int]) -> None:
+    logits = torch.full((1, 2000), -math.inf)
+    logits[0, [30, 70, 999, 5]] = torch.tensor([0.4, 0.2, 0.2, 0.1]).log()
+    logits[0, 100:200] = math.log(0.1 / 100)
+    rules = ChoiceRules([1.0], [limits], [5])
+
+    tokens = {rules.choose(logits, [position], (), team)[0].item() for position in range(200)}
+
+    assert tokens == kept
+
+
+@pytest.mark.parametrize("limits", [Limits(top_k=40), Limits(top_p=0.9), Limits(min_p=0.01)])
+def test_a_cut_draw_passes_over_what_is_forbidden(team: Threads, limits: Limits) -> None:
+    logits = random_logits((3, 20_000))
+    forbidden = [(row, token) for row in (0, 2) for token in sorted(logits[row].topk(300).indices.tolist())]
+    allowed = logits.clone()
+    allowed[tuple(zip(*forbidden, strict=True))] = -math.inf
+    rules = ChoiceRules([0.8] * 3, [limits] * 3, [seed_of(row) for row in range(3)])
+
+    for position in range(5):
+        tokens, logprobs, _ = rules.choose(logits, [position] * 3, forbidden, team)
+
+        assert tokens.tolist() == rules.choose(allowed, [position] * 3, (), team)[0].tolist()
+        wanted = logits.double().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+        torch.testing.assert_close(logprobs.double(), wanted, atol=4e-6, rtol=0)
+
+
+def test_cut_rows_that_are_not_finite_are_flagged_and_disturb_nobody(team: Threads) -> None:
+    logits = random_logits((4, PART + 300))
+    params = [replace(cut, do_sample=True) for cut in (CUTS[2], CUTS[9], CUTS[13], CUTS[17])]
+    for row, number in enumerate([math.nan, -math.inf, math.inf]):
+        disturbed = logits.clone()
+        disturbed[row, 70] = number
+        if number == -math.inf:
+            disturbed[row] = number
+
+        tokens, _, faults = plain_rules(params).choose(disturbed, range(4), (), team)
+
+        assert faults.tolist() == [other == row for other in range(4)]
+        assert all(0 <= token < logits.shape[1] for token in tokens.tolist())
+        assert tokens[3] == plain_rules(params).choose(logits, range(4), (), team)[0][3]
+
+
+def test_a_cut_row_is_chosen_the_same_by_any_number_of_threads_and_in_any_company(team: Threads) -> None:
+    logits = peaked((22, 20_000))
+    params = [SamplingParams(), *cut_rows(20, 0), SamplingParams(do_sample=True, temperature=0.9)]
+    alone = Threads(team.native, 1)
+
+    together = plain_rules(params).choose(logits, range(22), (), team)
+
+    for row in range(22):
+        token, logprob, _ = plain_rules([params[row]]).choose(logits[row : row + 1], [row], (), alone)
         assert (token.item(), logprob.item()) == (together[0][row].item(), together[1][row].item())
 
 
@@ -173,11 +340,22 @@ def test_a_row_draws_by_the_same_arithmetic_beside_rows_that_are_not_plain(monke
     def another(*_: object) -> Tensor:
         raise AssertionError("its sums are rounded in another way")
 
+    draw_cut = choice._draw_cut
+
+    def of_the_last_row(scores: Tensor, *rest: object) -> Tensor:
+        assert len(scores) == 1, "its sums are rounded in another way"
+        return draw_cut(scores, *rest)  # type: ignore[arg-type]
+
     monkeypatch.setattr(choice, "draw_from_vocabulary", another)
+    monkeypatch.setattr(choice, "_draw_cut", of_the_last_row)
     logits, positions = random_logits((9, 20_000)), list(range(9))
-    drawn = [SamplingParams(do_sample=True, temperature=0.9, seed=seed_of(row)) for row in range(8)]
+    limits = [(0, 1.0), (40, 1.0), (0, 0.9), (20, 0.8)] * 2
+    drawn = [
+        SamplingParams(do_sample=True, temperature=0.9, top_k=top_k, top_p=top_p, seed=seed_of(row))
+        for row, (top_k, top_p) in enumerate(limits)
+    ]
     tokens: list[list[int]] = []
-    for params in (drawn, [*drawn, SamplingParams(do_sample=True, top_k=5, seed=1)]):
+    for params in (drawn, [*drawn, SamplingParams(do_sample=True, typical_p=0.5, seed=1)]):
         sampler = Sampler(vocab_size=20_000, max_seats=9, eos_token_ids=[], device=torch.device("cpu"))
         for seat, p in enumerate(params):
             sampler.open(seat, p, [], 0)
@@ -209,12 +387,15 @@ def test_a_plain_batch_is_chosen_as_without_native_operations(monkeypatch: pytes
         SamplingParams(
             do_sample=rng.random() < 0.5,
             temperature=rng.choice([0.3, 1.0, 2.0]),
+            top_k=rng.choice([0, 0, 20]),
+            top_p=rng.choice([1.0, 0.9]),
+            min_p=rng.choice([0.0, 0.0, 0.01]),
             seed=rng.getrandbits(64),
             min_new_tokens=rng.choice([0, 4]),
             no_repeat_ngram_size=rng.choice([0, 1]),
             bad_words=rng.choice([(), ((11,), (4, 12))]),
         )
-        for _ in range(12)
+        for _ in range(24)
     ]
     calls = []
     choose = ChoiceRules.choose
@@ -238,14 +419,14 @@ def test_a_plain_batch_is_chosen_as_without_native_operations(monkeypatch: pytes
         torch.testing.assert_close(step.logprobs[fit], other.logprobs[fit], atol=1e-5, rtol=0)
         assert step.num_top == other.num_top
         assert step.top_ids.shape == other.top_ids.shape
-    assert native[6].faults.tolist() == [row == 1 for row in range(12)]
+    assert native[6].faults.tolist() == [row == 1 for row in range(24)]
 
 
 @pytest.mark.parametrize(
     "rule",
     [
         {"top_n_tokens": 1},
-        {"do_sample": True, "top_p": 0.9},
+        {"typical_p": 0.9, "do_sample": True},
         {"repetition_penalty": 1.2},
         {"presence_penalty": 0.2},
         {"bias_token_ids": (3,), "bias_values": (1.0,)},
@@ -254,5 +435,6 @@ def test_a_plain_batch_is_chosen_as_without_native_operations(monkeypatch: pytes
     ids=lambda rule: next(iter(rule)),
 )
 def test_rules_that_the_native_choice_does_not_know_are_not_plain(rule: dict[str, object]) -> None:
-    assert SamplingParams(do_sample=True, temperature=0.5, min_new_tokens=3).is_plain
+    assert SamplingParams(do_sample=True, temperature=0.5, top_k=9, top_p=0.5, min_p=0.1, min_new_tokens=3).is_plain
+    assert SamplingParams(typical_p=0.9).is_plain
     assert not SamplingParams(**rule).is_plain  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
 from pathlib import Path
-from typing import ClassVar, Final
+from typing import ClassVar, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -212,9 +212,14 @@ class _Step(Structure):
     ]
 
 
+class _Limits(Structure):
+    _fields_: ClassVar = [("top_k", c_int64), ("top_p", c_double), ("min_p", c_double)]
+
+
 class _Rules(Structure):
     _fields_: ClassVar = [
         ("temperatures", c_void_p),
+        ("limits", c_void_p),
         ("seeds", c_void_p),
         ("positions", c_void_p),
         ("forbidden", c_void_p),
@@ -452,12 +457,21 @@ def log_sums(rows: Tensor, threads: Threads) -> tuple[Tensor, Tensor]:
     return peaks, sums
 
 
-class ChoiceRules:
-    """How a token is chosen in each of some rows: the largest logit, or drawn from the whole vocabulary."""
+class Limits(NamedTuple):
+    """How far from the likeliest token a draw may go; as they are here, any distance."""
 
-    def __init__(self, temperatures: Sequence[float], seeds: Sequence[int]) -> None:
-        """A temperature of 0 takes the largest logit; `seeds`, 64 bits each, are those of the rows that draw."""
-        self._temperatures = torch.tensor(temperatures, dtype=torch.float32)
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+
+class ChoiceRules:
+    """How a token is chosen in each of some rows: the largest logit, or drawn from what the limits leave."""
+
+    def __init__(self, temperatures: Sequence[float], limits: Sequence[Limits], seeds: Sequence[int]) -> None:
+        """A temperature of 0 takes the largest logit; `limits`, and `seeds` of 64 bits, are for the rows that draw."""
+        self._temperatures = torch.tensor(temperatures, dtype=torch.float64)
+        self._limits = (_Limits * len(limits))(*(_Limits(*each) for each in limits))
         self._seeds = torch.tensor([seed - (seed >> 63 << 64) for seed in seeds], dtype=torch.int64)
         self._any_draws = bool(self._temperatures.any())
 
@@ -476,7 +490,8 @@ class ChoiceRules:
         at = torch.tensor(positions, dtype=torch.int64) if self._any_draws else None
         pairs = torch.tensor(forbidden, dtype=torch.int64) if forbidden else None
         rules = _Rules(
-            self._temperatures.data_ptr(), self._seeds.data_ptr(), _address(at), _address(pairs), len(forbidden)
+            *(self._temperatures.data_ptr(), ctypes.addressof(self._limits), self._seeds.data_ptr()),
+            *(_address(at), _address(pairs), len(forbidden)),
         )
         choice = _Choice(tokens.data_ptr(), logprobs.data_ptr(), faults.data_ptr())
         threads.native.choose(threads.address, logits.data_ptr(), num_rows, width, byref(rules), byref(choice))
