@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shard.kernels import native
+from shard.kernels import native, ops
 
 BLOCK = native.LOGITS_BLOCK
 """Tokens per block: at V = 49,152, the middle of a flat optimum between scanning maxima and scanning winning blocks."""
@@ -44,7 +44,7 @@ class Candidates:
 def block_maxima(logits: Tensor) -> Tensor:
     """Largest logit of each block: [R, V] -> [R, ceil(V / BLOCK)]. A NaN is its block's maximum."""
     if (threads := native_threads(logits)) is not None:
-        return native.block_maxima(logits, threads)
+        return ops.block_maxima(logits, threads.count)
     num_whole = logits.shape[1] // BLOCK * BLOCK
     maxima = logits[:, :num_whole].view(logits.shape[0], num_whole // BLOCK, BLOCK).amax(-1)
     if num_whole == logits.shape[1]:
@@ -88,7 +88,7 @@ def _first(values: Tensor, ids: Tensor, count: int) -> Tensor:
 def log_probabilities(logits: Tensor, ids: Tensor) -> Tensor:
     """Log-softmax of each row at some of its tokens: [R, V], [R, N] -> [R, N]."""
     if (threads := native_threads(logits)) is not None:
-        peaks, log_sums = native.log_sums(logits, threads)
+        peaks, log_sums = ops.log_sums(logits, threads.count)
         return (logits.gather(1, ids) - peaks[:, None]).sub_(log_sums[:, None])
     chunks = zip(torch.split(logits, _SOFTMAX_ROWS), torch.split(ids, _SOFTMAX_ROWS), strict=True)
     return torch.cat([rows.log_softmax(-1).gather(1, wanted) for rows, wanted in chunks])

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+import socket
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import anyio
 import httpx
+import uvicorn
 from fastapi import FastAPI
 
 from router.api.app import create_app
@@ -131,3 +135,17 @@ def events(response: httpx.Response) -> list[Json]:
     assert rest == b""
     assert all(frame.startswith(b"data: {") and b"\n" not in frame for frame in frames)
     return [json.loads(frame.removeprefix(b"data: ")) for frame in frames]
+
+
+@contextlib.contextmanager
+def listening(config: uvicorn.Config) -> Iterator[tuple[str, int]]:
+    """Where a server of it listens, on a thread of its own."""
+    server = uvicorn.Server(config)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        try:
+            yield listener.getsockname()
+        finally:
+            server.should_exit = True
+            thread.join()

@@ -289,6 +289,14 @@ def test_a_draw_stays_within_its_limits_and_reaches_them(team: Threads, limits: 
     assert tokens == kept
 
 
+def test_a_temperature_that_makes_all_weights_equal_leaves_min_p_nothing_to_cut(team: Threads) -> None:
+    rules = ChoiceRules([1e20], [Limits(min_p=1.0)], [5])
+
+    tokens = {rules.choose(random_logits((1, 2000)), [position], (), team)[0].item() for position in range(50)}
+
+    assert len(tokens) > 40, "of 2,000 that are equally likely"
+
+
 @pytest.mark.parametrize("limits", [Limits(top_k=40), Limits(top_p=0.9), Limits(min_p=0.01)])
 def test_a_cut_draw_passes_over_what_is_forbidden(team: Threads, limits: Limits) -> None:
     logits = random_logits((3, 20_000))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import threading
 import tracemalloc
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -14,7 +13,7 @@ import pytest
 import uvicorn
 
 from router.api import body, connection
-from tests.http_app import PARIS, FakeEngine, Script, build
+from tests.http_app import PARIS, FakeEngine, Script, build, listening
 from tests.server import PATIENCE_S
 
 BODY = b'{"inputs":"a","parameters":{}}'
@@ -55,15 +54,8 @@ def address() -> Iterator[tuple[str, int]]:
         log_config=None,
         timeout_keep_alive=int(PATIENCE_S),
     )
-    server = uvicorn.Server(config)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=server.run, args=([listener],))
-        thread.start()
-        try:
-            yield listener.getsockname()
-        finally:
-            server.should_exit = True
-            thread.join()
+    with listening(config) as address:
+        yield address
 
 
 class HangingEngine(FakeEngine):

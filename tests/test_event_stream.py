@@ -25,7 +25,7 @@ from router.core.request import FinishReason, Request
 from router.engine import Finish, Generation, TokenEvent
 from router.errors import GenerationFailed
 from tests.engines import greedy
-from tests.http_app import CONFIG, PARIS, FakeEngine, Script, build
+from tests.http_app import CONFIG, PARIS, FakeEngine, Script, build, listening
 
 LAST = Finish(FinishReason.LENGTH, "", 1)
 
@@ -172,15 +172,8 @@ def address() -> Iterator[tuple[str, int]]:
         lifespan="off",
         log_config=None,
     )
-    server = uvicorn.Server(config)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=server.run, args=([listener],))
-        thread.start()
-        try:
-            yield listener.getsockname()
-        finally:
-            server.should_exit = True
-            thread.join()
+    with listening(config) as address:
+        yield address
 
 
 @pytest.mark.parametrize(

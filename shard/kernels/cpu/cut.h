@@ -67,9 +67,10 @@ struct Scale {
 
   double weight_of(float logit) const { return std::exp((static_cast<double>(logit) - peak) / temperature); }
 
-  // A logit whose weight is less, but hardly; one below the peak in any case.
+  // A logit whose weight is less, but hardly, however this and `weight_of` are rounded; one below the peak in any case.
   float logit_below(double weight) const {
-    const double logit = peak + temperature * std::log(std::min(weight, 1.0));
+    const double distance = -temperature * std::log(std::min(weight, 1.0));
+    const double logit = peak - distance - 1e-15 * (std::abs(peak) + distance + temperature);
     return std::nextafter(static_cast<float>(std::max<double>(logit, -FLT_MAX)), -INFINITY);
   }
 };
