@@ -30,6 +30,7 @@ MAX_PAUSE_S: Final = 30.0
 MAX_UNIX_PATH_BYTES: Final = 107
 MAX_LINE_BYTES: Final = 1 << 20
 STOP_GRACE_S: Final = 5.0
+DEATH_S: Final = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +185,7 @@ class LocalGroup:
 
         Raises `StartupError` after too many deaths in a row, that is without `note_served` in between.
         """
+        await self._log_death()
         while True:
             await self.kill()
             self._num_deaths += 1
@@ -196,6 +198,14 @@ class LocalGroup:
                 logger.error("the group did not start: %s", error)
                 continue
             return
+
+    async def _log_death(self) -> None:
+        """Why the group is lost, if a rank ended: its connection, whose end brought us here, ends somewhat earlier."""
+        if not self._processes:
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DEATH_S):
+                logger.error("%s", await self.wait_for_death())
 
     def note_served(self) -> None:
         """The group did some work since it was started."""

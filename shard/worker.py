@@ -25,6 +25,7 @@ from proto import shard_pb2 as pb
 from shard.attention import AttentionBatch
 from shard.checkpoint import resolve
 from shard.config import ShardConfig
+from shard.cores import num_allowed_cores
 from shard.distributed import RankGroup, connect
 from shard.errors import LoadError
 from shard.grammar import GrammarCompiler, Grammars
@@ -46,7 +47,8 @@ SCORE_ROWS: Final = 128
 def start(config: ShardConfig, on_progress: Callable[[int, int], None]) -> Worker:
     """Joins the group and loads this rank's part. Raises `LoadError` with a one-line cause."""
     device = _device(config)
-    torch.set_num_threads(config.num_threads or max(1, torch.get_num_threads() // config.world_size))
+    num_cores = num_allowed_cores(torch.get_num_threads())
+    torch.set_num_threads(config.num_threads or max(1, num_cores // config.world_size))
     checkpoint = resolve(config.model_id, revision=config.revision or None)
     group = connect(config.rank, config.world_size, config.store_path, device, config.join_timeout_s)
     model = load_model(

@@ -45,7 +45,7 @@ def test_a_started_group_can_be_joined_and_a_stopped_one_is_gone() -> None:
     assert not any(map(is_alive, left))
 
 
-def test_a_killed_rank_is_noticed_and_the_whole_group_replaced() -> None:
+def test_a_killed_rank_is_noticed_and_the_whole_group_replaced(caplog: pytest.LogCaptureFixture) -> None:
     async def act(group: LocalGroup) -> None:
         await group.start()
         before = group.process_ids
@@ -54,6 +54,7 @@ def test_a_killed_rank_is_noticed_and_the_whole_group_replaced() -> None:
         await group.restart()
 
         assert cause == "rank 1 was ended by SIGKILL"
+        assert caplog.messages == [cause]
         assert not any(map(is_alive, before))
         assert all(map(is_alive, group.process_ids))
         assert len(group.process_ids) == 2
