@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from shard.draw import draw, draw_from_vocabulary, uniform
+from shard.kernels import ops
 from shard.kernels.native import ChoiceRules, Limits
 from shard.logits import argmax, likeliest, native_threads
 from shard.processors import Truncation, truncate
@@ -155,7 +156,7 @@ def _choose_group(
         return argmax(scores, maxima)
     if group.rules is not None and (threads := native_threads(scores)) is not None:
         # As where all rows of a batch are plain: a row's company must not change its rounding.
-        return group.rules.choose(scores, [positions[row] for row in group.rows], [], threads)[0]
+        return ops.choose(group.rules, scores, [positions[row] for row in group.rows], [], threads.count)[0]
     u = torch.tensor(
         [uniform(seeds[row], positions[row]) for row in group.rows], dtype=torch.float64, device=scores.device
     )

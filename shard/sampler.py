@@ -32,6 +32,7 @@ from torch import Tensor
 
 from shard.choice import Group, choose, column, group_rows, plain_rules
 from shard.grammar import Grammars
+from shard.kernels import ops
 from shard.kernels.native import ChoiceRules
 from shard.logits import argmax, block_maxima, likeliest, log_probabilities, native_threads
 from shard.processors import (
@@ -270,7 +271,7 @@ class Sampler:
             assert known == positions[row], f"token {positions[row]} is to be chosen, but {known} before it are known"
         forbidden = self._forbidden(batch, positions)
         if batch.plain is not None and (threads := native_threads(logits)) is not None:
-            token_ids, logprobs, faults = batch.plain.choose(logits, positions, forbidden, threads)
+            token_ids, logprobs, faults = ops.choose(batch.plain, logits, positions, forbidden, threads.count)
             self._remember(batch, token_ids)
             return Sampled(token_ids, logprobs, batch.num_top, *_no_top(len(token_ids), self._device), faults)
         refusals = self._prepare_grammars(batch, positions)

@@ -15,7 +15,7 @@ from torch import Tensor
 from shard import choice
 from shard.choice import Cut, group_rows, plain_rules
 from shard.draw import draw, uniform
-from shard.kernels import build
+from shard.kernels import build, native, ops
 from shard.kernels.build import AVX2, AVX512, Variant, best_variant
 from shard.kernels.native import ChoiceRules, Library, Limits, Threads, library
 from shard.logits import Candidates
@@ -47,6 +47,17 @@ def random_logits(shape: tuple[int, int]) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(shape[1])) * 4
 
 
+def chosen(
+    rules: ChoiceRules,
+    logits: Tensor,
+    positions: Sequence[int],
+    forbidden: Sequence[tuple[int, int]],
+    team: Threads,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `ops.choose`, by the threads and the library that are asked for."""
+    return native.choose(logits, *rules.arguments(positions, forbidden), team)
+
+
 def choose(
     team: Threads,
     logits: Tensor,
@@ -57,7 +68,7 @@ def choose(
     num_rows = len(logits)
     seeds = [seed_of(row) for row in range(num_rows)]
     rules = ChoiceRules(temperatures or [0.0] * num_rows, [Limits()] * num_rows, seeds)
-    return rules.choose(logits, range(first_position, first_position + num_rows), forbidden, team)
+    return chosen(rules, logits, range(first_position, first_position + num_rows), forbidden, team)
 
 
 def seed_of(row: int) -> int:
@@ -167,7 +178,7 @@ def test_a_row_is_chosen_the_same_by_any_number_of_threads_and_in_any_company(te
 
     for row in range(9):
         rules = ChoiceRules([temperatures[row]], [Limits()], [seed_of(row)])
-        token, logprob, _ = rules.choose(logits[row : row + 1], [7 + row], (), alone)
+        token, logprob, _ = chosen(rules, logits[row : row + 1], [7 + row], (), alone)
         assert (token.item(), logprob.item()) == (together[0][row].item(), together[1][row].item())
 
 
@@ -255,7 +266,7 @@ def test_a_cut_draw_is_that_of_torch(
     positions = range(0, shape[0] * len(CUTS), len(CUTS))
 
     for params, expected in expected_draws(rows, shape):
-        tokens, logprobs, faults = plain_rules(params).choose(logits, positions, (), team)
+        tokens, logprobs, faults = chosen(plain_rules(params), logits, positions, (), team)
 
         for token, draws, p in zip(tokens.tolist(), expected, params, strict=True):
             assert token in draws, p
@@ -284,7 +295,7 @@ def test_a_draw_stays_within_its_limits_and_reaches_them(team: Threads, limits: 
     logits[0, 100:200] = math.log(0.1 / 100)
     rules = ChoiceRules([1.0], [limits], [5])
 
-    tokens = {rules.choose(logits, [position], (), team)[0].item() for position in range(200)}
+    tokens = {chosen(rules, logits, [position], (), team)[0].item() for position in range(200)}
 
     assert tokens == kept
 
@@ -292,7 +303,7 @@ def test_a_draw_stays_within_its_limits_and_reaches_them(team: Threads, limits: 
 def test_a_temperature_that_makes_all_weights_equal_leaves_min_p_nothing_to_cut(team: Threads) -> None:
     rules = ChoiceRules([1e20], [Limits(min_p=1.0)], [5])
 
-    tokens = {rules.choose(random_logits((1, 2000)), [position], (), team)[0].item() for position in range(50)}
+    tokens = {chosen(rules, random_logits((1, 2000)), [position], (), team)[0].item() for position in range(50)}
 
     assert len(tokens) > 40, "of 2,000 that are equally likely"
 
@@ -306,9 +317,9 @@ def test_a_cut_draw_passes_over_what_is_forbidden(team: Threads, limits: Limits)
     rules = ChoiceRules([0.8] * 3, [limits] * 3, [seed_of(row) for row in range(3)])
 
     for position in range(5):
-        tokens, logprobs, _ = rules.choose(logits, [position] * 3, forbidden, team)
+        tokens, logprobs, _ = chosen(rules, logits, [position] * 3, forbidden, team)
 
-        assert tokens.tolist() == rules.choose(allowed, [position] * 3, (), team)[0].tolist()
+        assert tokens.tolist() == chosen(rules, allowed, [position] * 3, (), team)[0].tolist()
         wanted = logits.double().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
         torch.testing.assert_close(logprobs.double(), wanted, atol=4e-6, rtol=0)
 
@@ -322,11 +333,11 @@ def test_cut_rows_that_are_not_finite_are_flagged_and_disturb_nobody(team: Threa
         if number == -math.inf:
             disturbed[row] = number
 
-        tokens, _, faults = plain_rules(params).choose(disturbed, range(4), (), team)
+        tokens, _, faults = chosen(plain_rules(params), disturbed, range(4), (), team)
 
         assert faults.tolist() == [other == row for other in range(4)]
         assert all(0 <= token < logits.shape[1] for token in tokens.tolist())
-        assert tokens[3] == plain_rules(params).choose(logits, range(4), (), team)[0][3]
+        assert tokens[3] == chosen(plain_rules(params), logits, range(4), (), team)[0][3]
 
 
 def test_a_cut_row_is_chosen_the_same_by_any_number_of_threads_and_in_any_company(team: Threads) -> None:
@@ -334,10 +345,10 @@ def test_a_cut_row_is_chosen_the_same_by_any_number_of_threads_and_in_any_compan
     params = [SamplingParams(), *cut_rows(20, 0), SamplingParams(do_sample=True, temperature=0.9)]
     alone = Threads(team.native, 1)
 
-    together = plain_rules(params).choose(logits, range(22), (), team)
+    together = chosen(plain_rules(params), logits, range(22), (), team)
 
     for row in range(22):
-        token, logprob, _ = plain_rules([params[row]]).choose(logits[row : row + 1], [row], (), alone)
+        token, logprob, _ = chosen(plain_rules([params[row]]), logits[row : row + 1], [row], (), alone)
         assert (token.item(), logprob.item()) == (together[0][row].item(), together[1][row].item())
 
 
@@ -406,28 +417,28 @@ def test_a_plain_batch_is_chosen_as_without_native_operations(monkeypatch: pytes
         for _ in range(24)
     ]
     calls = []
-    choose = ChoiceRules.choose
+    choose = ops.choose
 
-    def counted(self: ChoiceRules, *args: object) -> object:
+    def counted(*args: object) -> object:
         calls.append(args)
-        return choose(self, *args)  # type: ignore[arg-type]
+        return choose(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(ChoiceRules, "choose", counted)
-    native = sampled_lives(params, 3000)
+    monkeypatch.setattr(ops, "choose", counted)
+    natively = sampled_lives(params, 3000)
     for module in ("shard.sampler", "shard.choice"):
         monkeypatch.setattr(f"{module}.native_threads", lambda logits: None)
 
     plain = sampled_lives(params, 3000)
 
     assert len(calls) == 10
-    for step, other in zip(native, plain, strict=True):
+    for step, other in zip(natively, plain, strict=True):
         fit = ~other.faults
         assert step.faults.tolist() == other.faults.tolist()
         assert step.token_ids[fit].tolist() == other.token_ids[fit].tolist()
         torch.testing.assert_close(step.logprobs[fit], other.logprobs[fit], atol=1e-5, rtol=0)
         assert step.num_top == other.num_top
         assert step.top_ids.shape == other.top_ids.shape
-    assert native[6].faults.tolist() == [row == 1 for row in range(24)]
+    assert natively[6].faults.tolist() == [row == 1 for row in range(24)]
 
 
 @pytest.mark.parametrize(

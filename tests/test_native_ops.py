@@ -12,10 +12,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from shard.kernels import native, ops
 from shard.kernels.native import (
     Activation,
+    ChoiceRules,
     Decoder,
     DecoderLayer,
     DecoderModel,
     Heads,
+    Limits,
     Norm,
     Options,
     Rotation,
@@ -47,6 +49,11 @@ def numbers(*shape: int) -> Tensor:
 
 def packed(outputs: int = 40, inputs: int = WIDTH) -> PackedMatrix:
     return pack(numbers(outputs, inputs), Kind.FLOAT32, Arena(), numbers(outputs))
+
+
+def rules() -> ChoiceRules:
+    """A greedy row, and one that draws from its likeliest tokens."""
+    return ChoiceRules([0.0, 0.7], [Limits(), Limits(top_k=5, top_p=0.9)], [0, (1 << 64) - 1])
 
 
 def memory() -> tuple[Tensor, Tensor]:
@@ -103,6 +110,10 @@ def test_operators_do_what_the_library_does() -> None:
     assert written[0][1].any()
     assert torch.equal(ops.block_maxima(rows, 1), native.block_maxima(rows, threads(1)))
     assert all(map(torch.equal, ops.log_sums(rows, 1), native.log_sums(rows, threads(1))))
+    forbidden = [(0, int(rows[0].argmax()))]
+    expected_choice = native.choose(rows, *rules().arguments([3, 4], forbidden), threads(1))
+    assert all(map(torch.equal, ops.choose(rules(), rows, [3, 4], forbidden, 1), expected_choice))
+    assert expected_choice[0][0] == rows[0].topk(2).indices[1]
 
 
 def test_operators_keep_what_their_schemas_promise() -> None:
@@ -124,6 +135,8 @@ def test_operators_keep_what_their_schemas_promise() -> None:
         ),
         (torch.ops.shardstream.block_maxima.default, (rows, 1)),
         (torch.ops.shardstream.log_sums.default, (rows, 1)),
+        (torch.ops.shardstream.choose.default, (rows, *rules().arguments([3, 4], [(0, 7)]), 1)),
+        (torch.ops.shardstream.choose.default, (rows, *ChoiceRules([0.0, 0.0], [], []).arguments([3, 4], []), 1)),
     ]
 
     for operator, args in calls:
@@ -137,10 +150,14 @@ def test_shapes_are_known_without_computing() -> None:
             *(torch.empty(5, heads, 16, dtype=torch.bfloat16) for heads in (2, 1, 1)), memory(), ROWS, OPTIONS, 1
         )
         maxima, (peaks, sums) = ops.block_maxima(torch.empty(2, 131), 1), ops.log_sums(torch.empty(2, 131), 1)
+        tokens, logprobs, faults = ops.choose(rules(), torch.empty(2, 131), [3, 4], [], 1)
 
     assert (out.shape, out.dtype) == ((7, 40), torch.float32)
     assert (attended.shape, attended.dtype) == ((5, 2, 16), torch.bfloat16)
     assert (maxima.shape, peaks.shape, sums.shape) == ((2, 3), (2,), (2,))
+    assert (tokens.shape, tokens.dtype) == ((2,), torch.int64)
+    assert (logprobs.shape, logprobs.dtype) == ((2,), torch.float32)
+    assert (faults.shape, faults.dtype) == ((2,), torch.bool)
 
 
 def test_a_traced_step_gives_what_the_step_gives() -> None:

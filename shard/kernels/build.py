@@ -1,20 +1,30 @@
 """Compiles the native operations, ahead of serving:
 
-    python -m shard.kernels.build
+    python -m shard.kernels.build            for this machine's processor
+    python -m shard.kernels.build --all      for whatever machine an image will run on
 
 The same sources make a library for each `Variant` of processors. There is one per state of the sources, the flags and
 the compiler; its name is a digest of them, so a change of any of these makes another file and an old one is never
 loaded. Serving only looks the file up: a server never waits for a compiler.
+
+`torch.utils.cpp_extension` compiles, in a directory of its own for every attempt: its lock, which a killed build would
+leave behind, then stops nobody, and what it would not notice, a changed header, is in the name already.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import hashlib
 import os
+import platform
+import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -40,17 +50,18 @@ AVX2: Final = Variant("avx2", ("avx2", "fma"))
 VARIANTS: Final = (AVX512, AVX2)
 """The best first."""
 
-_FLAGS: Final = (
-    *("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fno-strict-aliasing"),
+_COMPILE_FLAGS: Final = (
+    *("-std=c++17", "-O3", "-pthread", "-fno-strict-aliasing"),
     # Two variants may be loaded into one process: neither must find the other's functions.
     *("-fvisibility=hidden", "-fno-gnu-unique"),
     # GCC 12 warns of its own intrinsics.
     *("-Wall", "-Wextra", "-Wno-uninitialized", "-Wno-maybe-uninitialized"),
 )
-_COMPILE_TIMEOUT_S: Final = 300.0
+_LINK_FLAGS: Final = ("-shared", "-pthread", "-Wl,--as-needed")  # torch's libraries are offered, and not needed
 
 _UNUSED_S: Final = 7 * 86400.0
-"""After this long without a use a library is removed. Other checkouts may share the cache, so not at once."""
+"""After this long without a use a library is removed, and what a killed build left. Not at once: other checkouts may
+share the cache."""
 
 
 class BuildError(Exception):
@@ -70,7 +81,7 @@ def best_variant() -> Variant | None:
 def built_library(variant: Variant) -> Path | None:
     """The library of the current sources, if it has been built."""
     path = _path(variant)
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike `Path.is_file` also where a folder may not be looked into
         return None
     _mark_used(path)
     return path
@@ -81,39 +92,74 @@ def build(variant: Variant) -> Path:
     built = built_library(variant)
     if built is not None:
         return built
-    compiler = shutil.which(_compiler())
-    if compiler is None:
+    if shutil.which(_compiler()) is None:
         raise BuildError(f"no C++ compiler: {_compiler()} is not on the path")
     path = _path(variant)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as directory:
-        unfinished = Path(directory) / path.name
-        _compile([compiler, *_flags(variant), str(SOURCES / "library.cpp"), "-o", str(unfinished)])
-        unfinished.rename(path)  # in one piece, whoever else builds at the same time
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="kernels-unfinished-", dir=path.parent) as directory:
+            _compile(variant, directory).rename(path)  # in one piece, whoever else builds at the same time
+    except OSError as error:
+        raise BuildError(str(error)) from error
     _remove_unused(path)
     return path
 
 
-def _compile(command: list[str]) -> None:
+def _compile(variant: Variant, directory: str) -> Path:
+    from torch.utils import cpp_extension  # a second, which nobody spends whose library is there
+
     try:
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=_COMPILE_TIMEOUT_S)
-    except subprocess.CalledProcessError as error:
-        cause = next((line for line in error.stderr.splitlines() if "error" in line), f"exit code {error.returncode}")
-        raise BuildError(f"{command[0]} failed: {cause}") from error
-    except subprocess.TimeoutExpired as error:
-        raise BuildError(f"{command[0]} took more than {_COMPILE_TIMEOUT_S:.0f} s") from error
+        with _ways_of_torch():
+            library: str = cpp_extension.load(
+                name=f"kernels-{variant.name}",
+                sources=[str(SOURCES / "library.cpp")],
+                extra_cflags=_flags(variant),
+                extra_ldflags=[*_LINK_FLAGS],
+                build_directory=directory,
+                is_python_module=False,
+                is_standalone=True,  # or it would be loaded, and be it for another processor than this one
+            )
+    except (RuntimeError, UnicodeDecodeError, subprocess.CalledProcessError) as error:  # the last two of odd compilers
+        raise BuildError(f"the build failed: {_cause(str(error))}") from error
+    return Path(library)
+
+
+@contextlib.contextmanager
+def _ways_of_torch() -> Iterator[None]:
+    """Our compiler, for torch has another default; ninja, which is installed beside the interpreter, where the shell
+    need not look; and the folder of torch's libraries, which it hands to the shell as it is, spaces and all."""
+    from torch.utils import cpp_extension
+
+    folder, before = cpp_extension.TORCH_LIB_PATH, {name: os.environ.get(name) for name in ("CXX", "PATH")}
+    os.environ["CXX"] = _compiler()
+    os.environ["PATH"] = os.pathsep.join((sysconfig.get_path("scripts"), before["PATH"] or os.defpath))
+    cpp_extension.TORCH_LIB_PATH = shlex.quote(folder)
+    try:
+        yield
+    finally:
+        cpp_extension.TORCH_LIB_PATH = folder
+        for name, value in before.items():
+            del os.environ[name]
+            if value is not None:
+                os.environ[name] = value
+
+
+def _cause(output: str) -> str:
+    """The line that matters in what torch, ninja and the compiler say."""
+    lines = output.splitlines()
+    return next((line for line in lines if "error: " in line), lines[0])
 
 
 def _compiler() -> str:
-    return os.environ.get("CXX") or "g++"
+    return os.environ.get("CXX") or "g++"  # c++ may be another one, which does not know all of the flags
 
 
 def _flags(variant: Variant) -> list[str]:
-    return [*_FLAGS, *(f"-m{feature.replace('_', '')}" for feature in variant.features)]
+    return [*_COMPILE_FLAGS, *(f"-m{feature.replace('_', '')}" for feature in variant.features)]
 
 
 def _path(variant: Variant) -> Path:
-    digest = hashlib.blake2b(" ".join([_compiler(), *_flags(variant)]).encode(), digest_size=8)
+    digest = hashlib.blake2b(" ".join([_compiler(), *_flags(variant), *_LINK_FLAGS]).encode(), digest_size=8)
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
     directory = Path(os.environ.get("SHARDSTREAM_CACHE") or "~/.cache/shardstream").expanduser()
@@ -129,13 +175,37 @@ def _mark_used(path: Path) -> None:
 
 def _remove_unused(newest: Path) -> None:
     now = newest.stat().st_mtime
-    for library in newest.parent.glob("kernels-*.so"):
-        if now - library.stat().st_mtime > _UNUSED_S:
-            library.unlink(missing_ok=True)
+    for path in newest.parent.glob("kernels-*"):
+        with contextlib.suppress(OSError):  # whoever else builds removes them too; or they are somebody else's
+            if now - path.stat().st_mtime > _UNUSED_S:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def main() -> None:
-    """Prints the library's path. Without it everything works, more slowly: that is no reason to fail a set-up."""
+    """Prints the libraries' paths. Without them everything works, more slowly: that is no reason to fail a set-up, but
+    nobody would notice an image that lacks them."""
+    parser = argparse.ArgumentParser(
+        prog="python -m shard.kernels.build", description="Compiles the native operations."
+    )
+    parser.add_argument("--all", action="store_true", help="for every x86-64 processor; fail if one cannot be built")
+    if parser.parse_args().all:
+        _build_all()
+    else:
+        _build_best()
+
+
+def _build_all() -> None:
+    if platform.machine() != "x86_64":
+        print("native operations are left out, torch does their work: they are for x86-64", file=sys.stderr)
+        return
+    try:
+        for variant in VARIANTS:
+            print(build(variant))
+    except BuildError as error:
+        sys.exit(f"error: {error}")
+
+
+def _build_best() -> None:
     variant = best_variant()
     if variant is None:
         print("native operations are left out, torch does their work: this processor lacks AVX2", file=sys.stderr)

@@ -212,10 +212,6 @@ class _Step(Structure):
     ]
 
 
-class _Limits(Structure):
-    _fields_: ClassVar = [("top_k", c_int64), ("top_p", c_double), ("min_p", c_double)]
-
-
 class _Rules(Structure):
     _fields_: ClassVar = [
         ("temperatures", c_void_p),
@@ -287,9 +283,14 @@ def library() -> Library | None:
     variant = best_variant()
     path = None if variant is None else built_library(variant)
     if path is None:
-        log.info("native operations are not used: %s", "this processor lacks AVX2" if variant is None else "not built")
+        why = "this processor lacks AVX2" if variant is None else "not built, python -m shard.kernels.build does that"
+        log.info("native operations are not used: %s", why)
         return None
-    return Library(path)
+    try:
+        return Library(path)
+    except OSError as error:  # built on a newer system than this one, or kept where nothing may be executed
+        log.warning("native operations are not used: %s", error)
+        return None
 
 
 class Threads:
@@ -382,6 +383,10 @@ class Decoder:
         )
         weakref.finalize(self, self._native.end_decoder, self.address)
 
+    def run(self, hidden: Tensor, positions: Tensor, rows: StepRows, memory: Tensor) -> None:
+        """As `decode`."""
+        decode(self._native, self.address, hidden, positions, rows, memory)
+
 
 def decode(native: Library, decoder: int, hidden: Tensor, positions: Tensor, rows: StepRows, memory: Tensor) -> None:
     """Embeddings [T, width] become the last layer's normed hidden states, in place.
@@ -470,32 +475,45 @@ class ChoiceRules:
 
     def __init__(self, temperatures: Sequence[float], limits: Sequence[Limits], seeds: Sequence[int]) -> None:
         """A temperature of 0 takes the largest logit; `limits`, and `seeds` of 64 bits, are for the rows that draw."""
-        self._temperatures = torch.tensor(temperatures, dtype=torch.float64)
-        self._limits = (_Limits * len(limits))(*(_Limits(*each) for each in limits))
-        self._seeds = torch.tensor([seed - (seed >> 63 << 64) for seed in seeds], dtype=torch.int64)
-        self._any_draws = bool(self._temperatures.any())
+        self.temperatures = torch.tensor(temperatures, dtype=torch.float64)  # [R]
+        self.limits = torch.tensor(limits, dtype=torch.float64)  # [R, 3]
+        self.seeds = torch.tensor([seed - (seed >> 63 << 64) for seed in seeds], dtype=torch.int64)  # [R]
+        self._any_draws = any(temperatures)
 
-    def choose(
-        self, logits: Tensor, positions: Sequence[int], forbidden: Sequence[tuple[int, int]], threads: Threads
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """[R, V] contiguous float32 -> tokens [R] int64, their log-softmax [R] float32, faults [R] bool.
-
-        `positions` [R] are those of the tokens in their sequences, `forbidden` rows and tokens in the order of rows. A
-        fault is a NaN or the lack of a finite maximum; what else there is of such a row means nothing. Where all is
-        forbidden nothing is.
-        """
-        num_rows, width = logits.shape
-        tokens = torch.empty(num_rows, dtype=torch.int64)
-        logprobs, faults = torch.empty(num_rows), torch.empty(num_rows, dtype=torch.bool)
+    def arguments(
+        self, positions: Sequence[int], forbidden: Sequence[tuple[int, int]]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """What `choose` is given beside the logits: `positions` [R] are those of the tokens in their sequences,
+        `forbidden` rows and tokens in the order of rows."""
         at = torch.tensor(positions, dtype=torch.int64) if self._any_draws else None
         pairs = torch.tensor(forbidden, dtype=torch.int64) if forbidden else None
-        rules = _Rules(
-            *(self._temperatures.data_ptr(), ctypes.addressof(self._limits), self._seeds.data_ptr()),
-            *(_address(at), _address(pairs), len(forbidden)),
-        )
-        choice = _Choice(tokens.data_ptr(), logprobs.data_ptr(), faults.data_ptr())
-        threads.native.choose(threads.address, logits.data_ptr(), num_rows, width, byref(rules), byref(choice))
-        return tokens, logprobs, faults
+        return self.temperatures, self.limits, self.seeds, at, pairs
+
+
+def choose(
+    logits: Tensor,
+    temperatures: Tensor,
+    limits: Tensor,
+    seeds: Tensor,
+    positions: Tensor | None,
+    forbidden: Tensor | None,
+    threads: Threads,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[R, V] contiguous float32 -> tokens [R] int64, their log-softmax [R] float32, faults [R] bool.
+
+    The rest is what `ChoiceRules.arguments` gives. Where all is forbidden nothing is. A fault is a NaN or the lack of a
+    finite maximum; what else there is of such a row means nothing.
+    """
+    num_rows, width = logits.shape
+    tokens = torch.empty(num_rows, dtype=torch.int64)
+    logprobs, faults = torch.empty(num_rows), torch.empty(num_rows, dtype=torch.bool)
+    rules = _Rules(
+        *(temperatures.data_ptr(), limits.data_ptr(), seeds.data_ptr()),
+        *(_address(positions), _address(forbidden), 0 if forbidden is None else len(forbidden)),
+    )
+    choice = _Choice(tokens.data_ptr(), logprobs.data_ptr(), faults.data_ptr())
+    threads.native.choose(threads.address, logits.data_ptr(), num_rows, width, byref(rules), byref(choice))
+    return tokens, logprobs, faults
 
 
 def _step(rows: StepRows, positions: Tensor | None = None) -> _Step:

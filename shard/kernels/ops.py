@@ -6,20 +6,23 @@ write, and with shapes, so that code that calls them can be traced without being
     decode         all layers of a model; the model and its memory are addresses, which torch does not look behind
     block_maxima   what sampling asks of logits
     log_sums
+    choose         sampling itself, of rows that have no more than temperature and truncation
 
-Torch's dispatcher takes 2 µs of a call. Each has a function here that calls it with types.
+Torch's dispatcher takes 2 µs of a call, and ten times as long when a step's weights have just passed through the
+caches: a served model's layers and head call `shard.kernels.native` themselves. Each has a function here that calls it
+with types.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import torch
 from torch import Tensor
 
 from shard.kernels import native
-from shard.kernels.native import LOGITS_BLOCK, Decoder, Library, Options, StepRows
+from shard.kernels.native import LOGITS_BLOCK, ChoiceRules, Decoder, Library, Options, StepRows
 from shard.kernels.packing import Kind, PackedMatrix
 
 _NAMESPACE: Final = torch.library.Library("shardstream", "DEF")  # type: ignore[no-untyped-call]
@@ -69,6 +72,20 @@ def log_sums(rows: Tensor, num_threads: int) -> tuple[Tensor, Tensor]:
     """As `native.log_sums`."""
     both: tuple[Tensor, Tensor] = torch.ops.shardstream.log_sums.default(rows, num_threads)
     return both
+
+
+def choose(
+    rules: ChoiceRules,
+    logits: Tensor,
+    positions: Sequence[int],
+    forbidden: Sequence[tuple[int, int]],
+    num_threads: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `native.choose`, with what `rules` say."""
+    chosen: tuple[Tensor, Tensor, Tensor] = torch.ops.shardstream.choose.default(
+        logits, *rules.arguments(positions, forbidden), num_threads
+    )
+    return chosen
 
 
 def _library() -> Library:
@@ -154,6 +171,28 @@ def _log_sums_shape(rows: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return rows.new_empty(rows.shape[0]), rows.new_empty(rows.shape[0])
 
 
+def _choose(
+    logits: Tensor,
+    temperatures: Tensor,
+    limits: Tensor,
+    seeds: Tensor,
+    positions: Tensor | None,
+    forbidden: Tensor | None,
+    num_threads: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    threads = native.threads(num_threads)
+    return native.choose(logits, temperatures, limits, seeds, positions, forbidden, threads)
+
+
+def _choose_shape(logits: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    num_rows = logits.shape[0]
+    return (
+        logits.new_empty(num_rows, dtype=torch.int64),
+        logits.new_empty(num_rows),
+        logits.new_empty(num_rows, dtype=torch.bool),
+    )
+
+
 def _register(schema: str, compute: Callable[..., object], shape: Callable[..., object]) -> None:
     name = schema.partition("(")[0]
     _NAMESPACE.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
@@ -182,3 +221,9 @@ _register(
 )
 _register("block_maxima(Tensor rows, int num_threads) -> Tensor", _block_maxima, _block_maxima_shape)
 _register("log_sums(Tensor rows, int num_threads) -> (Tensor, Tensor)", _log_sums, _log_sums_shape)
+_register(
+    "choose(Tensor logits, Tensor temperatures, Tensor limits, Tensor seeds, Tensor? positions, Tensor? forbidden, "
+    "int num_threads) -> (Tensor, Tensor, Tensor)",
+    _choose,
+    _choose_shape,
+)
