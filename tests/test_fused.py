@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from shard import fused, model
 from shard.attention import AttentionBatch, AttentionOptions
@@ -21,6 +22,7 @@ from shard.kernels.native import Library, Norm, Options, Threads, library
 from shard.kernels.packing import Kind
 from shard.model import Model, load_model
 from tests.paged_runs import PagedRun
+from tests.server import PATIENCE_S
 from tests.tiny_models import VOCAB_SIZE, Setting, save_tiny
 
 pytestmark = pytest.mark.skipif(library() is None, reason="the native operations are not built for this machine")
@@ -69,6 +71,19 @@ def prompts() -> list[Tensor]:
     return [torch.randint(3, VOCAB_SIZE, (n,), generator=generator) for n in (40, 23, 70, 1)]
 
 
+def answers(model: Model, oracle: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits of every prompt: the model's, which is fed in parts, and the oracle's of the whole."""
+    hidden = PagedRun(model, prompts()).finish()
+    for tokens, states in zip(prompts(), hidden, strict=True):
+        yield model.logits(states), dense_logits(oracle, tokens)
+
+
+@torch.inference_mode()
+def dense_logits(oracle: nn.Module, tokens: Tensor) -> Tensor:
+    logits: Tensor = oracle(tokens[None], use_cache=False).logits[0]
+    return logits
+
+
 def is_fused(model: Model) -> bool:
     return model._fused is not None
 
@@ -108,13 +123,9 @@ def test_fused_layers_equal_transformers(name: str, tmp_path: Path) -> None:
     oracle = save_tiny(tmp_path, family, **{**WIDE, **overrides})
     model = load(tmp_path)
 
-    hidden = PagedRun(model, prompts()).finish()
-
     assert is_fused(model)
-    for tokens, states in zip(prompts(), hidden, strict=True):
-        with torch.inference_mode():
-            expected = oracle(tokens[None], use_cache=False).logits[0]
-        assert float((model.logits(states) - expected).abs().max()) <= 2e-5 * float(expected.abs().max())
+    for actual, expected in answers(model, oracle):
+        assert float((actual - expected).abs().max()) <= 2e-5 * float(expected.abs().max())
 
 
 @pytest.mark.parametrize(
@@ -178,13 +189,9 @@ def test_older_processors_fuse_too(dtype: torch.dtype, limit: float, tmp_path: P
     oracle = save_tiny(tmp_path, "gemma3_text", **WIDE)
     model = load(tmp_path, dtype)
 
-    hidden = PagedRun(model, prompts()).finish()
-
     assert is_fused(model)
-    for tokens, states in zip(prompts(), hidden, strict=True):
-        with torch.inference_mode():
-            expected = oracle(tokens[None], use_cache=False).logits[0]
-        assert float((model.logits(states) - expected).norm() / expected.norm()) < limit
+    for actual, expected in answers(model, oracle):
+        assert float((actual - expected).norm() / expected.norm()) < limit
 
 
 def test_older_processors_refuse_what_they_cannot_multiply(tmp_path: Path, older_processor: None) -> None:
@@ -214,11 +221,8 @@ def test_layers_that_differ_from_the_modules_do_not_serve(
 
     assert not is_fused(model)
     assert "they differ from the modules by" in caplog.text
-    tokens = prompts()[0]
-    hidden = PagedRun(model, [tokens]).finish()[0]
-    with torch.inference_mode():
-        expected = oracle(tokens[None], use_cache=False).logits[0]
-    torch.testing.assert_close(model.logits(hidden), expected, atol=1e-4, rtol=1e-4)
+    for actual, expected in answers(model, oracle):
+        torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_native_operations_can_be_switched_off(tmp_path: Path) -> None:
@@ -238,14 +242,10 @@ def test_modules_that_are_not_fused_attend_natively(
     oracle = save_tiny(tmp_path, family, **WIDE)
     model = load(tmp_path, dtype)
 
-    hidden = PagedRun(model, prompts()).finish()
-
     assert not is_fused(model)
     assert model._attends_natively
-    for tokens, states in zip(prompts(), hidden, strict=True):
-        with torch.inference_mode():
-            expected = oracle(tokens[None], use_cache=False).logits[0]
-        assert float((model.logits(states) - expected).norm() / expected.norm()) < limit
+    for actual, expected in answers(model, oracle):
+        assert float((actual - expected).norm() / expected.norm()) < limit
 
 
 def test_native_attention_that_differs_from_the_modules_does_not_serve(
@@ -258,11 +258,8 @@ def test_native_attention_that_differs_from_the_modules_does_not_serve(
 
     assert not model._attends_natively
     assert "attention is not native: it differs from dense by" in caplog.text
-    tokens = prompts()[0]
-    hidden = PagedRun(model, [tokens]).finish()[0]
-    with torch.inference_mode():
-        expected = oracle(tokens[None], use_cache=False).logits[0]
-    torch.testing.assert_close(model.logits(hidden), expected, atol=1e-4, rtol=1e-4)
+    for actual, expected in answers(model, oracle):
+        torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_packed_weights_are_held_once(tmp_path: Path) -> None:
@@ -270,7 +267,7 @@ def test_packed_weights_are_held_once(tmp_path: Path) -> None:
 
     layers = load(tmp_path)._backbone.layers
 
-    assert isinstance(layers, torch.nn.ModuleList)
+    assert isinstance(layers, nn.ModuleList)
     assert sum(parameter.numel() for name, parameter in layers.named_parameters() if "norm" not in name) == 0
 
 
@@ -351,7 +348,7 @@ def test_limits_of_the_self_test_know_every_kind() -> None:
 def run_rank(rank: int, folder: Path, checkpoints: list[Path]) -> None:
     """Writes `{name}.{rank}.pt`: logits of all prompts, and whether the layers were fused."""
     torch.set_num_threads(1)
-    group = connect(rank, 2, str(folder / "store"), CPU, timeout_s=60)
+    group = connect(rank, 2, str(folder / "store"), CPU, timeout_s=PATIENCE_S)
     for directory in checkpoints:
         model = load_model(
             directory, dtype=torch.float32, device=CPU, group=group, on_progress=lambda done, total: None
@@ -380,7 +377,7 @@ def test_two_ranks_with_fused_layers_equal_transformers(tmp_path: Path) -> None:
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(timeout=120)
+        process.join(timeout=5 * PATIENCE_S)
         assert process.exitcode == 0
 
     for family, oracle in oracles.items():
@@ -388,6 +385,5 @@ def test_two_ranks_with_fused_layers_equal_transformers(tmp_path: Path) -> None:
         assert fused, family
         assert other_fused, family
         for tokens, actual in zip(prompts(), logits, strict=True):
-            with torch.inference_mode():
-                expected = oracle(tokens[None], use_cache=False).logits[0]
+            expected = dense_logits(oracle, tokens)
             assert float((actual - expected).abs().max()) <= 2e-5 * float(expected.abs().max()), family

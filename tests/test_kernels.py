@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import logging
 import math
 import os
 import shutil
+import sys
+import sysconfig
 import time
 from collections.abc import Sequence
 from functools import cache
@@ -13,8 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.utils import cpp_extension
 
-from shard.kernels import build
+from shard.kernels import build, native
 from shard.kernels.build import AVX2, AVX512, BuildError, Variant, best_variant
 from shard.kernels.native import (
     Library,
@@ -90,6 +95,21 @@ def test_more_rows_than_a_cache_holds_are_multiplied_chunk_by_chunk(team: Thread
     actual = linear(x, pack(weight, kind, Arena()), team)
 
     assert distance(actual, x.float() @ weight.float().T) < TOLERANCE[kind]
+
+
+@pytest.mark.parametrize("kind", list(Kind))
+def test_a_rows_product_does_not_depend_on_how_many_rows_there_are(team: Threads, kind: Kind) -> None:
+    """Few rows take columns one by one, more take several at once."""
+    if kind not in team.native.kinds:
+        pytest.skip("a matter of AVX-512")
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(112, 256, generator=generator), torch.randn(21, 256, generator=generator)
+    packed = pack(weight, kind, Arena())
+
+    together = linear(x, packed, team)
+
+    for num_rows in (1, 2, 7, 8, 9, 20):
+        assert torch.equal(linear(x[:num_rows], packed, team), together[:num_rows])
 
 
 def test_a_long_float32_sum_is_about_as_exact_as_torchs() -> None:
@@ -294,7 +314,9 @@ def options_called(name: str, heads: tuple[int, int, int]) -> Options:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "heads", [(9, 3, 64), (4, 4, 80), (7, 1, 96), (8, 2, 128), (2, 1, 256), (6, 3, 16), (32, 1, 32)], ids=str
+    "heads",
+    [(9, 3, 64), (4, 4, 80), (7, 1, 96), (8, 2, 128), (2, 1, 256), (6, 3, 16), (32, 1, 32), (520, 1, 16)],
+    ids=str,
 )
 @pytest.mark.parametrize("name", ["0", "7", "40", "softcap", "sinks", "all"])
 def test_attention_equals_dense(dtype: torch.dtype, heads: tuple[int, int, int], name: str, team: Threads) -> None:
@@ -372,6 +394,10 @@ def test_what_is_not_finite_does_not_reach_the_next_owner_of_a_block() -> None:
     assert distance(actual, attended(query, key, value, Options(0.25))) < 8e-3
 
 
+def one_function(answer: int) -> str:
+    return f'extern "C" __attribute__((visibility("default"))) int answer() {{ return {answer}; }}'
+
+
 @pytest.fixture
 def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A library of one function, and an empty cache at `tmp_path / "cache"`."""
@@ -379,7 +405,7 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         pytest.skip("needs a compiler, and the operations were built elsewhere")
     folder = tmp_path / "cpu"
     folder.mkdir()
-    (folder / "library.cpp").write_text('extern "C" int answer() { return 42; }')
+    (folder / "library.cpp").write_text(one_function(42))
     monkeypatch.setattr(build, "SOURCES", folder)
     monkeypatch.setenv("SHARDSTREAM_CACHE", str(tmp_path / "cache"))
     return folder
@@ -388,27 +414,55 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_change_of_the_sources_is_another_library(sources: Path) -> None:
     before = build.built_library(AVX2)
     first = build.build(AVX2)
-    (sources / "library.cpp").write_text('extern "C" int answer() { return 43; }')
+    (sources / "library.cpp").write_text(one_function(43))
 
     assert before is None
     assert first.is_file()
     assert build.built_library(AVX2) is None
-    assert build.build(AVX2) != first
+    second = build.build(AVX2)
+    assert second != first
+    (sources / "included.h").write_text("")
+    assert build.built_library(AVX2) is None
+    assert [ctypes.CDLL(str(path)).answer() for path in (first, second)] == [42, 43]
+
+
+def test_what_is_built_is_not_loaded_because_another_processor_may_be_meant(sources: Path, tmp_path: Path) -> None:
+    built = build.build(AVX512)
+
+    assert built.is_file()
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
 
 
 def test_libraries_that_nobody_used_for_long_are_removed_at_a_build(sources: Path, tmp_path: Path) -> None:
     used, unused, recent = build.build(AVX2), tmp_path / "cache/kernels-0.so", tmp_path / "cache/kernels-1.so"
     unused.touch()
     recent.touch()
-    for path in (used, unused):
+    killed = tmp_path / "cache/kernels-unfinished-0"  # what a build leaves that is killed
+    killed.mkdir()
+    (killed / "lock").touch()
+    for path in (used, unused, killed):
         os.utime(path, (0, 0))
     build.built_library(AVX2)
-    (sources / "library.cpp").write_text('extern "C" int answer() { return 43; }')
+    (sources / "library.cpp").write_text(one_function(43))
 
     newest = build.build(AVX2)
 
     assert set((tmp_path / "cache").iterdir()) == {used, recent, newest}
     assert time.time() - used.stat().st_mtime < 3600
+
+
+def test_a_library_of_somebody_else_that_cannot_be_removed_stops_no_build(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(path)
+
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache/kernels-0.so").touch()
+    os.utime(tmp_path / "cache/kernels-0.so", (0, 0))
+    monkeypatch.setattr(Path, "unlink", refuse)
+
+    assert build.build(AVX2).is_file()
 
 
 def test_what_does_not_compile_leaves_nothing_and_one_line(sources: Path, tmp_path: Path) -> None:
@@ -427,6 +481,109 @@ def test_without_a_compiler_the_build_says_so(tmp_path: Path, monkeypatch: pytes
 
     with pytest.raises(BuildError, match="no-such-compiler is not on the path"):
         build.build(AVX2)
+
+
+@pytest.fixture
+def lonely_compiler(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that the path leads to is a compiler that makes an empty file of anything."""
+    compiler = tmp_path / "bin" / "g++"
+    compiler.parent.mkdir()
+    compiler.write_text('#!/bin/sh\necho 12.2.0\nwhile [ $# -gt 1 ]; do [ "$1" = -o ] && : > "$2"; shift; done')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("PATH", str(compiler.parent))
+    monkeypatch.setenv("CXX", "g++")
+
+
+def test_ninja_is_found_beside_the_interpreter(lonely_compiler: None, tmp_path: Path) -> None:
+    assert build.build(AVX2).read_bytes() == b""
+    assert os.environ["PATH"] == str(tmp_path / "bin")
+
+
+def test_without_ninja_the_build_says_so(lonely_compiler: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: "/nowhere")
+
+    with pytest.raises(BuildError, match="Ninja is required"):
+        build.build(AVX2)
+
+
+@pytest.mark.parametrize("name", ["file/cache", "n" * 300], ids=["not a folder", "cannot even be looked up"])
+def test_where_the_cache_cannot_be_written_the_build_says_so(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SHARDSTREAM_CACHE", str(tmp_path / name))
+
+    assert build.built_library(AVX2) is None
+    with pytest.raises(BuildError, match=name):
+        build.build(AVX2)
+
+
+@pytest.mark.parametrize(
+    ("name", "script"),
+    [("wrapper", "exit 1"), ("g++", r"printf 'f\344llt aus\n'; exit 1")],
+    ids=["of no known kind", "speaking Latin-1"],
+)
+def test_whatever_a_compiler_does_a_build_that_fails_says_so(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, script: str
+) -> None:
+    compiler = tmp_path / name
+    compiler.write_text(f"#!/bin/sh\n{script}\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+
+    with pytest.raises(BuildError, match="failed"):
+        build.build(AVX2)
+
+
+def test_a_library_is_built_with_a_torch_below_a_folder_with_a_space(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "my projects"
+    folder.symlink_to(cpp_extension.TORCH_LIB_PATH)
+    monkeypatch.setattr(cpp_extension, "TORCH_LIB_PATH", str(folder))
+
+    assert ctypes.CDLL(str(build.build(AVX2))).answer() == 42
+    assert str(folder) == cpp_extension.TORCH_LIB_PATH
+
+
+def test_an_empty_name_of_a_compiler_is_none(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "")
+
+    assert build.build(AVX2).is_file()
+    assert os.environ["CXX"] == ""
+
+
+def test_a_library_that_cannot_be_loaded_here_is_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "kernels.so").write_text("of another system")
+    monkeypatch.setattr(native, "built_library", lambda variant: tmp_path / "kernels.so")
+
+    with caplog.at_level(logging.WARNING):
+        assert library.__wrapped__() is None
+
+    (record,) = caplog.records
+    assert "native operations are not used" in record.message
+    assert "kernels.so" in record.message
+
+
+def test_an_image_gets_the_library_of_every_class_of_processors(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["build", "--all"])
+
+    build.main()
+
+    assert list(map(Path, capsys.readouterr().out.split())) == [build.built_library(AVX512), build.built_library(AVX2)]
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_an_image_without_the_libraries_is_none(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (sources / "library.cpp").write_text("this is not C++")
+    monkeypatch.setattr(sys, "argv", ["build", "--all"])
+
+    with pytest.raises(SystemExit, match=r"^error: .*failed"):
+        build.main()
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ struct Int8 : Bytes {
 #pragma GCC unroll 1
     for (size_t step = 0; step < kSteps; step++) {
       __m512i line[R];
-      prefetch(ahead + first + step);
+      prefetch<R>(ahead + first + step);
 #pragma GCC unroll 4
       for (size_t r = 0; r < R; r++) line[r] = _mm512_load_si512(column[r] + step);
 #pragma GCC unroll 12
@@ -109,12 +109,7 @@ struct Int4 : Bytes {
     for (size_t m = 0; m < M; m++)
 #pragma GCC unroll 4
       for (size_t r = 0; r < R; r++) sum[m][r] = Whole{};
-    // Few rows are done with a column before memory has brought the next, so all are fetched: a third of a step's time.
-    constexpr size_t kColumnsAhead = M <= 4 ? R : 1;
-    const auto fetch_ahead = [&](size_t line) {
-#pragma GCC unroll 4
-      for (size_t r = 0; r < kColumnsAhead; r++) prefetch(ahead + r * num_groups * kLines + first + line);
-    };
+    const auto fetch_ahead = [&](size_t line) { prefetch<R>(ahead + first + line); };
     fetch_ahead(0);
 #pragma GCC unroll 1
     for (size_t step = 0; step < kLines - 1; step++) {

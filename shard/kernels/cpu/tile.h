@@ -70,9 +70,14 @@ constexpr size_t kTileSums = 24 * kLanes;
 using TileFunction = void (*)(const Operand& x, const Line* const* columns, size_t num_panels, size_t num_steps,
                               const Line* ahead, float* sums);
 
-// To the second cache. Not by the intrinsic: GCC takes a function that only prefetches for one that does nothing, and may
-// leave out calls of it.
-inline void prefetch(const Line* line) { asm volatile("prefetcht1 %0" : : "m"(*line)); }
+// To the second cache, for tiles of several columns, which other rows will read again. A column alone is read once: it
+// goes past the larger caches, which would otherwise hold nothing but weights when the interpreters' turn comes. Not by
+// the intrinsic: GCC takes a function that only prefetches for one that does nothing, and may leave out calls of it.
+template <size_t R>
+inline void prefetch(const Line* line) {
+  if constexpr (R == 1) asm volatile("prefetchnta %0" : : "m"(*line));
+  else asm volatile("prefetcht1 %0" : : "m"(*line));
+}
 
 // Adds the registers to `sums` and clears them.
 template <size_t M, size_t R>
@@ -103,7 +108,7 @@ void tile(const Operand& operand, const Line* const* columns, size_t num_panels,
     for (size_t r = 0; r < R; r++) column[r] = columns[r];
     for (size_t step = 0; step < num_steps; step++) {
       typename Dot::Cells line[R];
-      prefetch(ahead + step);
+      prefetch<R>(ahead + step);
       if constexpr (Dot::kRun != 0) {
         if (step && step % Dot::kRun == 0) flush(sum, sums);
       }
