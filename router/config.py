@@ -122,7 +122,14 @@ class Config:
     max_batch_total_tokens: int | None = _option(
         None, "tokens KV memory may hold; default: all that fit", "Scheduling", env="MAX_BATCH_TOTAL_TOKENS", at_least=1
     )
-    lookahead: int = _option(1, "steps sent ahead of the one that runs", "Scheduling", at_least=0, at_most=8)
+    lookahead: int = _option(
+        1,
+        "steps sent ahead of the one that runs; above 0 a plan may stand for up to four decode steps, of 10 ms beyond "
+        "the first, which a request that arrives meanwhile waits for",
+        "Scheduling",
+        at_least=0,
+        at_most=8,
+    )
     prefix_caching: bool = _option(
         True, "share the KV blocks of equal prompt beginnings", "Scheduling", env="PREFIX_CACHING"
     )

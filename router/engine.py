@@ -2,11 +2,11 @@
 
     submit ──► scheduler.plan ──► client.send ──► (shards) ──► client.receive ──► scheduler.commit ──► publish
                     ▲                                                                    │
-                    └────────────── up to `lookahead` plans ahead of the running step ◄──┘
+                    └────────────── up to `lookahead` steps ahead of the running one ◄───┘
 
-The scheduler decides, the client carries, this module waits. Publishing never awaits, so a slow reader costs nobody
-else a token. When the group is lost every running sequence waits again and is replayed from its tokens once the group
-is back; its stream stays open meanwhile.
+The scheduler decides, the client carries, this module waits. While steps are short and alike, one plan stands for
+several of them. Publishing never awaits, so a slow reader costs nobody else a token. When the group is lost every
+running sequence waits again and is replayed from its tokens once the group is back; its stream stays open meanwhile.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import asyncio
 import logging
 import time
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Final, NamedTuple, Protocol
 
 from router.beams import BeamGeneration
@@ -49,6 +51,11 @@ MIN_PAUSE_S: Final = 0.1
 MAX_PAUSE_S: Final = 5.0
 MAX_STALL_S: Final = 0.15
 """Longest that a step's prompts and forced runs should keep running streams waiting."""
+MAX_REPEATED_S: Final = 0.01
+"""Longest that the repeats of a plan should take. A request that arrives meanwhile waits so much longer for its first
+token, and behind a stop string, or for a client that left, so much is computed in vain."""
+MAX_REPEATS: Final = 3
+"""Most of them: a plan for five steps instead of four saves a twentieth of what it takes to send one for each."""
 MIN_CHUNK_TOKENS: Final = 128
 """Fewest prompt tokens of a step, however slow the shards: smaller chunks read the weights for too little."""
 
@@ -56,7 +63,8 @@ MIN_CHUNK_TOKENS: Final = 128
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
     lookahead: int = 1
-    """Plans sent ahead of the running step; 0 waits for each output before it plans the next."""
+    """A plan is sent when so many steps are left beside the running one; 0 waits for each output before it plans the
+    next step. Above 0, steps in which no row feeds a known token may repeat, as `Pace.max_repeats` says."""
     step_timeout_s: float = 120.0
     """Longest a step may ever take."""
     find_timeout_s: float = 8.0
@@ -69,7 +77,7 @@ class EngineSettings:
 
 
 class _Sent(NamedTuple):
-    """A plan on its way."""
+    """A step on its way."""
 
     at: float
     num_tokens: int
@@ -142,7 +150,11 @@ class Engine:
         self._work = asyncio.Event()
         self._empty = asyncio.Event()
         self._empty.set()
+        self._num_published = 0
+        """Tokens that became events."""
         self._sent: deque[_Sent] = deque()
+        self._returned_at = 0.0
+        """When the last step returned (`time.monotonic`)."""
         self._pace = Pace()
         self._refusal: str | None = None
         self._is_over = False
@@ -268,8 +280,7 @@ class Engine:
             self._metrics.count("tgi_batch_inference_failure", label=sent.method)
         self._sent.clear()
         self._pace = Pace()
-        for emission in self._scheduler.reset(self._scheduler.limits, died=True):
-            self._publish(emission)
+        self._publish(self._scheduler.reset(self._scheduler.limits, died=True))
 
     async def _regain_group(self) -> None:
         await self._client.close(goodbye=False)
@@ -304,7 +315,7 @@ class Engine:
     async def _send_plans(self) -> None:
         while self._scheduler.num_outstanding <= self._settings.lookahead:
             begun_at, codec_s = time.perf_counter(), self._client.codec_s
-            plan = self._scheduler.plan(self._pace.max_prompt_tokens)
+            plan = self._scheduler.plan(self._pace.max_prompt_tokens, self._pace.max_repeats)
             planned_s = time.perf_counter() - begun_at
             if plan is None:
                 return
@@ -314,8 +325,8 @@ class Engine:
 
     def _note_plan(self, plan: StepPlan) -> None:
         sent = _Sent(time.monotonic(), plan.num_tokens, _method(plan), joined=0 < len(plan.opens) < len(plan.rows))
-        self._sent.append(sent)
-        self._metrics.count("tgi_batch_inference_count", label=sent.method)
+        self._sent.extend(repeat(sent, plan.num_steps))
+        self._metrics.count("tgi_batch_inference_count", plan.num_steps, sent.method)
         if sent.joined:
             self._metrics.count("tgi_batch_concat", label="chunking")
         if plan.opens:
@@ -334,8 +345,7 @@ class Engine:
         committed_at = time.perf_counter()
         self._metrics.observe("tgi_batch_filter_duration", committed_at - begun_at, sent.method)
         self._supervisor.note_served()
-        for emission in emissions:
-            self._publish(emission)
+        self._publish(emissions)
         self._metrics.count("shardstream_router_publish_seconds_sum", time.perf_counter() - committed_at)
         self._count_host_time(committed_at - begun_at, codec_s)
 
@@ -344,7 +354,9 @@ class Engine:
         self._metrics.count("shardstream_router_step_seconds_sum", scheduler_s + codec_s)
 
     def _note_output(self, sent: _Sent, timings: Timings) -> None:
-        step_s = time.monotonic() - sent.at
+        now = time.monotonic()
+        step_s = now - max(sent.at, self._returned_at)
+        self._returned_at = now
         self._pace.note(step_s, sent.num_tokens, timings.forward_us * 1e-6)
         count, observe = self._metrics.count, self._metrics.observe
         count("shardstream_step_count")
@@ -359,17 +371,20 @@ class Engine:
         if sent.joined:
             observe("tgi_batch_concat_duration", timings.inputs_us * 1e-6, "decode")
 
-    def _publish(self, emission: Emission) -> None:
-        """Turns what the scheduler committed into an event. Never awaits, never raises: a sequence fails alone."""
-        try:
-            self._publish_event(emission)
-        except Exception:
-            logger.exception("a token could not be published")
-            if emission.sequence in self._runs:
-                self._scheduler.cancel(emission.sequence)
-                self._fail(emission.sequence, GenerationFailed("its text could not be decoded"))
+    def _publish(self, emissions: Iterable[Emission]) -> None:
+        """Turns what the scheduler committed into events. Never awaits, never raises: a sequence fails alone."""
+        num_before = self._num_published
+        for emission in emissions:
+            try:
+                self._publish_events(emission)
+            except Exception:
+                logger.exception("a token could not be published")
+                if emission.sequence in self._runs:
+                    self._scheduler.cancel(emission.sequence)
+                    self._fail(emission.sequence, GenerationFailed("its text could not be decoded"))
+        self._metrics.count("shardstream_generated_tokens_count", self._num_published - num_before)
 
-    def _publish_event(self, emission: Emission) -> None:
+    def _publish_events(self, emission: Emission) -> None:
         sequence = emission.sequence
         run = self._runs[sequence]
         if emission.prompt_logprobs:
@@ -385,27 +400,23 @@ class Engine:
 
     def _publish_token(self, sequence: Sequence, run: _Run, sampled: SampledToken, reason: FinishReason | None) -> bool:
         """Whether the sequence ended with this token, which its text may decide too."""
-        piece = run.text.push(sampled.token_id, last=reason is not None)
-        if piece.stopped and (reason is None or not sequence.request.keep_stop):
+        token_id, logprob, likeliest = sampled
+        text, is_special, is_stopped = run.text.push(token_id, last=reason is not None)
+        if is_stopped and (reason is None or not sequence.request.keep_stop):
             reason = FinishReason.STOP_SEQUENCE  # at the last token allowed, TGI's clients expect `length`
             self._scheduler.finish(sequence, reason)
-        run.num_events += 1
-        finish = None if reason is None else Finish(reason, run.text.text, run.num_events)
-        is_scored = sequence.request.prompt_logprobs and run.num_events == 1
-        run.generation.publish(
-            TokenEvent(
-                run.num_events,
-                Token(sampled.token_id, piece.text, sampled.logprob, piece.special),
-                self._top_tokens(sampled.top_tokens) if sampled.top_tokens else (),
-                finish,
-                tuple(run.prompt_logprobs) if is_scored else None,
-                tuple(run.prompt_tops) if is_scored and sequence.request.sampling.prompt_top_n_tokens else (),
-            )
-        )
-        self._metrics.count("shardstream_generated_tokens_count")
-        if finish is not None:
-            self._forget(sequence, finish)
-        return finish is not None
+        run.num_events = index = run.num_events + 1
+        finish = None if reason is None else Finish(reason, run.text.text, index)
+        top_tokens = self._top_tokens(likeliest) if likeliest else ()
+        event = TokenEvent(index, Token(token_id, text, logprob, is_special), top_tokens, finish)
+        if index == 1 and sequence.request.prompt_logprobs:
+            event = _with_prompt(event, run, has_tops=sequence.request.sampling.prompt_top_n_tokens > 0)
+        run.generation.publish(event)
+        self._num_published += 1
+        if finish is None:
+            return False
+        self._forget(sequence, finish)
+        return True
 
     def _top_tokens(self, top_tokens: TopTokens) -> tuple[Token, ...]:
         tokenizer = self._tokenizer
@@ -466,6 +477,11 @@ def _limits(info: GroupInfo) -> Limits:
     )
 
 
+def _with_prompt(event: TokenEvent, run: _Run, *, has_tops: bool) -> TokenEvent:
+    tops = tuple(run.prompt_tops) if has_tops else ()
+    return event._replace(prompt_logprobs=tuple(run.prompt_logprobs), prompt_tops=tops)
+
+
 def _method(plan: StepPlan) -> str:
     """TGI's label: a step with prompt tokens in it is a prefill."""
     return "prefill" if plan.has_prompts else "decode"
@@ -479,6 +495,8 @@ class Pace:
     the configured limit holds.
 
     How many tokens of prompts a step may have in which others wait for their next token: as many as take `MAX_STALL_S`.
+
+    How many steps may repeat another without a plan of their own: as many as take `MAX_REPEATED_S`.
     """
 
     def __init__(self) -> None:
@@ -487,7 +505,7 @@ class Pace:
         self._prompt_token_s: float | None = None
 
     def note(self, step_s: float, num_tokens: int, forward_s: float) -> None:
-        """`step_s` from sending a plan to its output, `forward_s` of that in the model."""
+        """`step_s` from when it could begin to its output, `forward_s` of that in the model."""
         self._step_s = step_s if self._step_s is None else 0.9 * self._step_s + 0.1 * step_s
         self._token_s = max(step_s / max(1, num_tokens), 0.99 * self._token_s)
         if num_tokens >= MIN_CHUNK_TOKENS:
@@ -501,6 +519,12 @@ class Pace:
         if not self._prompt_token_s:
             return None
         return max(MIN_CHUNK_TOKENS, int(MAX_STALL_S / self._prompt_token_s))
+
+    @property
+    def max_repeats(self) -> int:
+        if not self._step_s:
+            return 0
+        return min(MAX_REPEATS, int(MAX_REPEATED_S / self._step_s))
 
     def deadline_s(self, num_tokens: int, limit_s: float) -> float:
         """Seconds to wait for a step of `num_tokens`."""

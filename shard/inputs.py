@@ -149,7 +149,10 @@ class Seats:
         Raises `PlanError`; then the mirror is spoilt.
         """
         if (decoding := self._decoding) is not None and decoding.is_continued_by(plan):
-            return self._move_on(decoding, plan)
+            if plan.new_blocks:
+                self._append_new_blocks(plan)
+                decoding.tables[:] = self._tables[decoding.seats, : decoding.tables.shape[1]]
+            return self._move_on(decoding)
         seats = np.fromiter(plan.row_seat, dtype=np.int64, count=len(plan.row_seat))
         num_tokens = np.fromiter(plan.row_num_tokens, dtype=np.int64, count=len(seats))
         if not self._is_open[seats].all():
@@ -204,12 +207,16 @@ class Seats:
             return self._decoding.inputs
         return inputs
 
-    def _move_on(self, step: _Decoding, plan: pb.StepPlan) -> ModelInputs:
+    def repeat(self, plan: pb.StepPlan) -> ModelInputs:
+        """The inputs of a further step of the plan that was built last. Raises `PlanError` if it is not a plan for
+        several."""
+        if (decoding := self._decoding) is not None and decoding.num_left > 0:
+            return self._move_on(decoding)
+        return self.build(_repeated(plan))
+
+    def _move_on(self, step: _Decoding) -> ModelInputs:
         """The inputs of a step in which the rows of the last one feed their next tokens."""
         step.num_left -= 1
-        if plan.new_blocks:
-            self._append_new_blocks(plan)
-            step.tables[:] = self._tables[step.seats, : step.tables.shape[1]]
         for array in (step.positions, step.contexts, step.slots):
             array += 1
         for row in (step.positions % self.block_size == 0).nonzero()[0]:
@@ -259,6 +266,21 @@ class Seats:
             places = torch.from_numpy(query_starts[:-1][fed]).to(self.device)
             input_ids[places] = self.last_token[torch.from_numpy(seats[fed]).to(self.device)]
         return input_ids
+
+
+def _repeated(plan: pb.StepPlan) -> pb.StepPlan:
+    """The rows of a plan's repeats as a plan of their own, without the blocks, which came with the first step."""
+    num_rows = len(plan.row_seat)
+    are_plain = plan.row_num_tokens == [1] * num_rows and plan.row_emit == [True] * num_rows
+    if not are_plain or plan.targets or plan.row_num_drafts:
+        raise PlanError("a step is repeated in which rows do not feed and sample one token each")
+    return pb.StepPlan(
+        row_seat=plan.row_seat,
+        row_num_tokens=plan.row_num_tokens,
+        row_num_literals=[0] * num_rows,
+        row_num_new_blocks=[0] * num_rows,
+        row_emit=plan.row_emit,
+    )
 
 
 def num_drafts(plan: pb.StepPlan) -> Int64Array:

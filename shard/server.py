@@ -60,19 +60,19 @@ Answers = asyncio.Queue[pb.FromShard | None]
 
 @dataclass(slots=True)
 class Waiting:
-    """Plans without an answer."""
+    """Steps without an answer."""
 
-    num_plans: int = 0
+    num_steps: int = 0
     since: float = 0.0
     """When the step that is to be answered next could begin (`time.perf_counter`)."""
 
-    def plan_came(self, at: float) -> None:
-        if not self.num_plans:
+    def plan_came(self, num_steps: int, at: float) -> None:
+        if not self.num_steps:
             self.since = at
-        self.num_plans += 1
+        self.num_steps += num_steps
 
     def answer_came(self) -> None:
-        self.num_plans -= 1
+        self.num_steps -= 1
         self.since = time.perf_counter()
 
 
@@ -167,7 +167,8 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):  # type: ignore[misc]
 
 
 def run_plans(worker: Worker, plans: Plans, hand_over: Callable[[pb.FromShard | None], None]) -> None:
-    """Runs plans on the model thread until there are no more, and hands their answers over, in order; None is the last.
+    """Runs plans on the model thread until there are no more, and hands the answers to their steps over, in order; None
+    is the last.
 
     Whoever takes an answer wakes up and works, and would hold up the inputs of the next step if one is waiting already.
     Its answer waits until these are made, a tenth of a millisecond, unless sequences come or go, for which making ready
@@ -191,6 +192,10 @@ def run_plans(worker: Worker, plans: Plans, hand_over: Callable[[pb.FromShard | 
             step = worker.prepare(plan, arrived_at)
             deliver()
             held.append(worker.run(step))
+            for _ in range(plan.num_repeats):
+                step = worker.prepare_repeat(step)
+                deliver()
+                held.append(worker.run(step))
     finally:
         deliver()
         hand_over(None)
@@ -206,7 +211,7 @@ async def _read_plans(context: Any, plans: Plans, waiting: Waiting) -> None:
             if message.HasField("bye"):
                 return
             arrived_at = time.perf_counter()
-            waiting.plan_came(arrived_at)
+            waiting.plan_came(1 + message.plan.num_repeats, arrived_at)
             plans.put((message.plan, arrived_at))
     finally:
         plans.put(None)
@@ -221,7 +226,7 @@ async def _write_answers(context: Any, answers: Answers, waiting: Waiting) -> No
 async def _watch(waiting: Waiting, step_timeout_s: float) -> None:
     """Raises `TimeoutError` when a step takes too long. Looks only as often as one could have."""
     while True:
-        waited_s = time.perf_counter() - waiting.since if waiting.num_plans else 0.0
+        waited_s = time.perf_counter() - waiting.since if waiting.num_steps else 0.0
         if waited_s >= step_timeout_s:
             raise TimeoutError(f"a step has not ended within {step_timeout_s:g} s")
         await asyncio.sleep(step_timeout_s - waited_s)

@@ -1,6 +1,6 @@
 """The model thread's work: load, configure, and run one plan after the other.
 
-A plan is first prepared, which is work for the interpreter, and then run, most of which is native or on a device.
+A step is first prepared, which is work for the interpreter, and then run, most of which is native or on a device.
 Whoever has other work for the interpreter does it between the two, so that it falls into the second.
 
 Everything here touches tensors and runs on one thread, because collectives must be entered in the same order on every
@@ -15,7 +15,7 @@ import struct
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
@@ -95,8 +95,9 @@ def _dtype(config: ShardConfig, device: torch.device) -> torch.dtype:
 
 @dataclass(frozen=True, slots=True)
 class PreparedStep:
-    """A plan whose turn has come."""
+    """A step whose turn has come."""
 
+    step: int
     plan: pb.StepPlan
     seats: Seats
     inputs: ModelInputs | None
@@ -201,11 +202,19 @@ class Worker:
         seats = self._take_turns(plan)
         inputs = seats.build(plan) if plan.row_seat else None
         wait_s = max(0.0, arrived_at - self._ended_at) if self._ended_at else 0.0
-        return PreparedStep(plan, seats, inputs, wait_s, time.perf_counter() - begun_at)
+        return PreparedStep(plan.step, plan, seats, inputs, wait_s, time.perf_counter() - begun_at)
+
+    @torch.inference_mode()
+    def prepare_repeat(self, last: PreparedStep) -> PreparedStep:
+        """Takes the next step of the same plan. Any exception ends the epoch."""
+        begun_at = time.perf_counter()
+        self._next_step += 1
+        inputs = last.seats.repeat(last.plan)
+        return replace(last, step=last.step + 1, inputs=inputs, wait_s=0.0, inputs_s=time.perf_counter() - begun_at)
 
     @torch.inference_mode()
     def run(self, step: PreparedStep) -> pb.FromShard:
-        """Runs the plan that was prepared last. Any exception ends the epoch."""
+        """Runs the step that was prepared last. Any exception ends the epoch."""
         begun_at = forwarded_at = time.perf_counter()
         plan, inputs, answer = step.plan, step.inputs, pb.FromShard()
         output = answer.output
@@ -218,12 +227,12 @@ class Worker:
             if logits is not None:
                 token_ids = self._choose(logits, inputs, step.seats, output)
         for fault in output.row_faults:
-            logger.warning("step %d: %s: %s", plan.step, self._owners[plan.row_seat[fault.row]], fault.message)
+            logger.warning("step %d: %s: %s", step.step, self._owners[plan.row_seat[fault.row]], fault.message)
         digest = token_digest(token_ids)
         self._ended_at = time.perf_counter()
         if self._group.rank:
-            return pb.FromShard(ack=pb.StepAck(step=plan.step, digest=digest))
-        output.step = plan.step
+            return pb.FromShard(ack=pb.StepAck(step=step.step, digest=digest))
+        output.step = step.step
         output.digest = digest
         if not output.row_num_emitted:
             output.row_num_emitted.extend([0] * len(plan.row_seat))

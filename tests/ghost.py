@@ -37,6 +37,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from proto import shard_pb2 as pb
 from proto import shard_pb2_grpc
 from router.core.request import Sampling
+from tests.clock import Clock, let_time_fly
 
 BAD_TOKEN: Final = 0
 """What a row emits whose history is not what was written; no good token has this id."""
@@ -194,7 +195,7 @@ class _Row:
 
 
 class GhostState:
-    """Runs plans in order. `num_steps` plans were run in this epoch."""
+    """Runs plans in order. `num_steps` steps were run in this epoch."""
 
     def __init__(
         self,
@@ -214,10 +215,15 @@ class GhostState:
         self._slots: list[tuple[int, int] | None] = [None] * (num_blocks * block_size)
         self._num_tables: Counter[int] = Counter()  # how many open seats have a block in their table
 
+    def run_steps(self, plan: pb.StepPlan) -> list[pb.StepOutput]:
+        """The plan's first step and those that repeat it. Raises `BrokenPlan`."""
+        return [self.run(step) for step in steps_of(plan)]
+
     def run(self, plan: pb.StepPlan, *, fault_rows: Iterable[int] = ()) -> pb.StepOutput:
         """Closes, opens, writes of all rows, then what each row sees. Raises `BrokenPlan`."""
         _require(plan.step == self.num_steps + 1, f"step {plan.step} after {self.num_steps}")
         self.num_steps += 1
+        _check_repeats(plan)
         for seat in plan.closes:
             self._close(seat)
         self._check_new_blocks(list(plan.new_blocks))
@@ -404,6 +410,31 @@ class GhostState:
         return list(seat.forced)
 
 
+def steps_of(plan: pb.StepPlan) -> list[pb.StepPlan]:
+    """A plan, and one for each of its repeats."""
+    num_rows = len(plan.row_seat)
+    repeats = [
+        pb.StepPlan(
+            step=plan.step + repeat,
+            row_seat=plan.row_seat,
+            row_num_tokens=[1] * num_rows,
+            row_num_literals=[0] * num_rows,
+            row_num_new_blocks=[0] * num_rows,
+            row_emit=[True] * num_rows,
+            row_num_targets=[0] * num_rows,
+        )
+        for repeat in range(1, 1 + plan.num_repeats)
+    ]
+    return [plan, *repeats]
+
+
+def _check_repeats(plan: pb.StepPlan) -> None:
+    if plan.num_repeats:
+        ones = [1] * len(plan.row_seat)
+        _require(plan.row_num_tokens == plan.row_emit == ones, "a repeated row that does not feed and emit one token")
+        _require(not (plan.targets or plan.row_num_drafts), "a repeated row with targets or drafts")
+
+
 def _looks_back(sampling: pb.Sampling) -> bool:
     neutral = pb.Sampling(repetition_penalty=1.0)
     names = ("repetition_penalty", "frequency_penalty", "presence_penalty", "watermark_delta", "no_repeat_ngram_size")
@@ -440,11 +471,11 @@ class FaultKind(Enum):
     """What goes wrong at a step."""
 
     DELAY = "delay"  # answers `delay_s` late
-    DROP = "drop"  # never answers this step
+    DROP = "drop"  # never answers this step; who waits for it need not wait long: time flies
     DUPLICATE = "duplicate"  # answers it twice
     DIE = "die"  # the process is gone: the stream breaks and the address refuses, until `revive`
     GIVE_UP = "give_up"  # says why, then dies
-    HANG = "hang"  # reads and answers nothing any more
+    HANG = "hang"  # reads and answers nothing any more, as time flies
     GARBAGE_TOKENS = "garbage_tokens"  # token ids outside the vocabulary
     GARBAGE_ROWS = "garbage_rows"  # a row too many
     WRONG_DIGEST = "wrong_digest"  # claims other tokens than it has
@@ -478,13 +509,22 @@ class GhostSettings:
 
 
 class GhostShard(shard_pb2_grpc.ShardServicer):  # type: ignore[misc]
-    """One rank's life, from a start to a death. `die` is called at most once and must end the process it plays."""
+    """One rank's life, from a start to a death. `die` is called at most once and must end the process it plays;
+    `fall_silent` when somebody waits in vain."""
 
-    def __init__(self, settings: GhostSettings, rank: int, faults: list[Fault], die: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        settings: GhostSettings,
+        rank: int,
+        faults: list[Fault],
+        die: Callable[[], None],
+        fall_silent: Callable[[], None] = lambda: None,
+    ) -> None:
         self._settings = settings
         self._rank = rank
         self._faults = faults
         self._die = die
+        self._fall_silent = fall_silent
         self._epoch = 0
         self._is_executing = False
         self._state: GhostState | None = None
@@ -532,8 +572,9 @@ class GhostShard(shard_pb2_grpc.ShardServicer):  # type: ignore[misc]
                         self._is_executing = True
                         yield pb.FromShard(welcome=pb.Welcome(epoch=self._epoch))
                     case "plan":
-                        async for answer in self._answer(message.plan):
-                            yield answer
+                        for step in steps_of(message.plan):
+                            async for answer in self._answer(step):
+                                yield answer
                     case "bye":
                         return
                     case _:
@@ -556,6 +597,8 @@ class GhostShard(shard_pb2_grpc.ShardServicer):  # type: ignore[misc]
             yield pb.FromShard(fault=pb.Fault(message=f"broken plan: {error}"))
             await self._end()
             return
+        if kind in (FaultKind.DROP, FaultKind.HANG):
+            self._fall_silent()
         match kind:
             case FaultKind.GIVE_UP:
                 yield pb.FromShard(fault=pb.Fault(message=f"rank {self._rank} gives up"))
@@ -622,18 +665,25 @@ class _Host:
     faults: list[Fault]
     server: grpc.aio.Server | None = None
     dying: asyncio.Task[None] | None = None
+    flying: asyncio.Task[None] | None = None
+    """Time, from when the rank falls silent until it is stopped."""
     num_deaths: int = 0
 
     async def start(self) -> None:
         self.dying = None
-        shard = GhostShard(self.settings, self.rank, self.faults, self._die)
+        shard = GhostShard(self.settings, self.rank, self.faults, self._die, self._fall_silent)
         self.server = await start_server(shard, self.address)
 
     def _die(self) -> None:
         self.num_deaths += 1
         self.dying = asyncio.create_task(self.stop())
 
+    def _fall_silent(self) -> None:
+        self.flying = asyncio.create_task(let_time_fly(Clock()))
+
     async def stop(self) -> None:
+        if self.flying is not None:
+            self.flying.cancel()
         server, self.server = self.server, None
         if server is not None:
             await server.stop(grace=None)

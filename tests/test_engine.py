@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 
+from router.core.plan import StepPlan
 from router.core.request import FinishReason, Request, Sampling
 from router.engine import Engine, Pace, TokenEvent
 from router.errors import GenerationFailed, GroupLost, NotReady, StartupError
@@ -29,6 +30,8 @@ from tests.ghost import (
     oracle_prompt_logprobs,
 )
 from tests.tiny_tokenizers import byte_level, tokenizer_of
+
+SEND = GroupClient.send
 
 
 @pytest.fixture(scope="module")
@@ -60,35 +63,26 @@ def over_ghosts(
     faults: tuple[Fault, ...] = (),
     *,
     lookahead: int = 1,
-    step_timeout_s: float = 120.0,
 ) -> None:
     """Runs `act` against an engine over a ghost group that a supervisor revives when it is lost."""
-    asyncio.run(act_over_ghosts(tokenizer, act, settings, faults, lookahead, step_timeout_s))
 
+    async def run() -> None:
+        metrics = Metrics(max_input_tokens=100, max_total_tokens=100)
+        async with (
+            ghost_group(settings, faults) as group,
+            engine_over(
+                group.addresses,
+                tokenizer,
+                max_step_tokens=32,
+                max_seats=16,
+                lookahead=lookahead,
+                metrics=metrics,
+                restart=group.revive,
+            ) as engine,
+        ):
+            await act(group, engine, metrics)
 
-async def act_over_ghosts(
-    tokenizer: Tokenizer,
-    act: Callable[[GhostGroup, Engine, Metrics], Awaitable[None]],
-    settings: GhostSettings | None,
-    faults: tuple[Fault, ...],
-    lookahead: int,
-    step_timeout_s: float,
-) -> None:
-    metrics = Metrics(max_input_tokens=100, max_total_tokens=100)
-    async with (
-        ghost_group(settings, faults) as group,
-        engine_over(
-            group.addresses,
-            tokenizer,
-            max_step_tokens=32,
-            max_seats=16,
-            lookahead=lookahead,
-            step_timeout_s=step_timeout_s,
-            metrics=metrics,
-            restart=group.revive,
-        ) as engine,
-    ):
-        await act(group, engine, metrics)
+    asyncio.run(run())
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
@@ -114,6 +108,7 @@ def test_every_token_is_the_oracles(tokenizer: Tokenizer, world_size: int, looka
         Fault(1, 5, FaultKind.GIVE_UP),
         Fault(0, 5, FaultKind.DUPLICATE),
         Fault(1, 5, FaultKind.DUPLICATE),
+        *(Fault(rank, 5, kind) for kind in (FaultKind.HANG, FaultKind.DROP) for rank in (0, 1)),
         Fault(0, 5, FaultKind.GARBAGE_TOKENS),
         Fault(0, 5, FaultKind.GARBAGE_ROWS),
         Fault(1, 5, FaultKind.WRONG_DIGEST),
@@ -128,23 +123,6 @@ def test_streams_survive_a_lost_epoch(tokenizer: Tokenizer, fault: Fault) -> Non
         assert engine.ready
 
     over_ghosts(tokenizer, act, GhostSettings(world_size=2, num_blocks=200), (fault,))
-
-
-def test_a_rank_that_does_not_answer_in_time_ends_the_epoch(tokenizer: Tokenizer) -> None:
-    """Four groups at once, each with another rank that is silent in another way: they wait for a time that no rank of
-    the next epoch takes, however busy the machine is."""
-
-    async def act(group: GhostGroup, engine: Engine, metrics: Metrics) -> None:
-        await assert_all_right(engine, make_prompts(6), num_new=10)
-
-        assert metrics.value("shardstream_group_restarts_count") == 1
-
-    async def run() -> None:
-        faults = [Fault(rank, 3, kind) for rank in (0, 1) for kind in (FaultKind.HANG, FaultKind.DROP)]
-        settings = GhostSettings(world_size=2)
-        await asyncio.gather(*(act_over_ghosts(tokenizer, act, settings, (fault,), 1, 4.0) for fault in faults))
-
-    asyncio.run(run())
 
 
 def test_a_rank_that_is_slow_but_alive_is_waited_for(tokenizer: Tokenizer) -> None:
@@ -400,6 +378,79 @@ def test_one_router_at_a_time_drives_a_group() -> None:
             assert again.epoch > info.epoch
 
     asyncio.run(run())
+
+
+def test_a_step_is_repeated_as_often_as_takes_the_longest_wait_of_a_request_that_arrives() -> None:
+    pace = Pace()
+    before = pace.max_repeats
+    pace.note(0.004, 1, 0.003)
+    short = pace.max_repeats
+    for _ in range(60):
+        pace.note(0.001, 1, 0.0009)
+    shorter = pace.max_repeats
+    for _ in range(60):
+        pace.note(0.011, 32, 0.01)
+
+    assert (before, short, shorter, pace.max_repeats) == (0, 2, 3, 0)
+
+
+@pytest.mark.parametrize(("lookahead", "longest"), [(0, 0), (1, 3), (2, 3)])
+def test_only_what_is_planned_ahead_is_repeated(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, lookahead: int, longest: int
+) -> None:
+    monkeypatch.setattr(Pace, "max_repeats", 3)
+    sent: list[StepPlan] = []
+
+    async def send(client: GroupClient, plan: StepPlan, timeout_s: float) -> None:
+        sent.append(plan)
+        await SEND(client, plan, timeout_s)
+
+    async def act(group: GhostGroup, engine: Engine, metrics: Metrics) -> None:
+        await assert_all_right(engine, make_prompts(1), num_new=20)
+
+        assert max(plan.num_repeats for plan in sent) == longest
+        assert sum(plan.num_steps for plan in sent) == engine.counters.num_steps == 20
+        assert metrics.value("tgi_batch_inference_count", "decode") == 19
+        assert metrics.value("tgi_batch_inference_success", "decode") == 19
+
+    monkeypatch.setattr(GroupClient, "send", send)
+    over_ghosts(tokenizer, act, lookahead=lookahead)
+
+
+AMID_REPEATS = 5
+"""Of a sequence alone with three repeats per plan: the steps of its plans are 1, then 2 to 5, then 6 to 9."""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("kind", [FaultKind.DIE, FaultKind.GIVE_UP, FaultKind.DUPLICATE])
+@pytest.mark.parametrize("step", [AMID_REPEATS - 1, AMID_REPEATS])
+def test_a_stream_survives_an_epoch_that_is_lost_amid_repeats(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, rank: int, kind: FaultKind, step: int
+) -> None:
+    monkeypatch.setattr(Pace, "max_repeats", 3)
+
+    async def act(group: GhostGroup, engine: Engine, metrics: Metrics) -> None:
+        await assert_all_right(engine, make_prompts(1), num_new=20)
+
+        assert metrics.value("shardstream_group_restarts_count") == 1
+
+    over_ghosts(tokenizer, act, GhostSettings(world_size=2), (Fault(rank, step, kind),))
+
+
+def test_a_row_that_fails_amid_repeats_ends_its_sequence_alone(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Pace, "max_repeats", 3)
+
+    async def act(group: GhostGroup, engine: Engine, metrics: Metrics) -> None:
+        with pytest.raises(GenerationFailed, match="row 0 failed"):
+            await collect(engine.submit(greedy([5, 6], 20)))
+        await assert_all_right(engine, make_prompts(3), num_new=20)
+
+        assert metrics.value("shardstream_group_restarts_count") == 0
+        assert engine.gauges.kv_cache_utilization == 0
+
+    over_ghosts(tokenizer, act, GhostSettings(world_size=2), (Fault(0, AMID_REPEATS, FaultKind.ROW_FAULT),))
 
 
 def test_prompts_feed_no_more_beside_running_streams_than_takes_the_longest_stall() -> None:

@@ -24,9 +24,9 @@ def make_seats() -> Seats:
     return Seats(num_blocks=120, block_size=4, max_seats=6, max_positions=400, device=CPU)
 
 
-def made_anew(seats: Seats, plan: pb.StepPlan) -> ModelInputs:
+def made_anew(seats: Seats, plan: pb.StepPlan, repeat: int = 0) -> ModelInputs:
     seats._decoding = None
-    return seats.build(plan)
+    return seats.repeat(plan) if repeat else seats.build(plan)
 
 
 def assert_same(inputs: ModelInputs, expected: ModelInputs) -> None:
@@ -53,10 +53,10 @@ def take_turns(seats: Seats, plan: pb.StepPlan) -> None:
         seats.open(opened.seat, opened.blocks, opened.num_cached_tokens)
 
 
-def answer_to(plan: pb.StepPlan, rng: random.Random) -> pb.StepOutput:
+def answer_to(plan: pb.StepPlan, repeat: int, rng: random.Random) -> pb.StepOutput:
     num = sum(plan.row_emit)
     return pb.StepOutput(
-        step=plan.step,
+        step=plan.step + repeat,
         row_num_emitted=[int(emit) for emit in plan.row_emit],
         token_ids=[rng.randrange(VOCAB_SIZE) for _ in range(num)],
         logprobs=[-1.0] * num,
@@ -64,41 +64,43 @@ def answer_to(plan: pb.StepPlan, rng: random.Random) -> pb.StepOutput:
     )
 
 
-@pytest.mark.parametrize("depth", [1, 2])
-def test_a_run_of_steps_has_the_inputs_of_each_made_anew(depth: int) -> None:
+@pytest.mark.parametrize(("depth", "max_repeats"), [(1, 0), (2, 0), (2, 3), (2, 30)])
+def test_a_run_of_steps_has_the_inputs_of_each_made_anew(depth: int, max_repeats: int) -> None:
     rng = random.Random(depth)
     scheduler = Scheduler(LIMITS, prefix_caching=False, max_drafts=0)
     moved, anew = make_seats(), make_seats()
     to_come = [Request("r", tuple(rng.choices(range(VOCAB_SIZE), k=rng.randint(1, 30))), 160) for _ in range(5)]
-    answers: deque[tuple[StepPlan, pb.StepOutput]] = deque()
-    num_steps = num_moved = 0
+    answers: deque[tuple[StepPlan, int, pb.StepOutput]] = deque()
+    num_steps = num_moved = num_repeats = 0
     before: ModelInputs | None = None
     while True:
-        if num_steps % 40 == 0 and to_come:
+        if num_steps >= 40 * (5 - len(to_come)) and to_come:
             scheduler.add(to_come.pop())
-        while len(answers) < depth and (plan := scheduler.plan()):
+        while len(answers) < depth and (plan := scheduler.plan(max_repeats=max_repeats)):
             encoded = encode_plan(plan)
             for seats in (moved, anew):
                 take_turns(seats, encoded)
-            if encoded.row_seat:
-                inputs, expected = moved.build(encoded), made_anew(anew, encoded)
+            for repeat in range(plan.num_steps):
+                inputs = moved.repeat(encoded) if repeat else moved.build(encoded)
+                expected = made_anew(anew, encoded, repeat)
                 assert_same(inputs, expected)
                 num_moved += inputs is before
                 before = inputs
-            answer = answer_to(encoded, rng)
-            chosen = torch.tensor(list(answer.token_ids), dtype=torch.int64)
-            if encoded.row_seat:
+                answer = answer_to(encoded, repeat, rng)
+                chosen = torch.tensor(list(answer.token_ids), dtype=torch.int64)
                 for seats in (moved, anew):
                     seats.last_token[expected.emit_seat_index] = chosen
-            answers.append((plan, answer))
-            num_steps += 1
+                answers.append((plan, repeat, answer))
+            num_steps += plan.num_steps
+            num_repeats += plan.num_repeats
         if not answers:
             break
-        plan, answer = answers.popleft()
-        scheduler.commit(decode_output(answer, plan, VOCAB_SIZE))
+        plan, repeat, answer = answers.popleft()
+        scheduler.commit(decode_output(answer, plan, VOCAB_SIZE, repeat=repeat))
 
     assert num_steps > 250
     assert num_moved > 100 or depth == 1, "a plan that knows the last tokens is another kind"
+    assert num_repeats > 100 or not max_repeats
 
 
 def decode_plan(step: int) -> pb.StepPlan:
@@ -149,3 +151,36 @@ def test_a_seat_that_was_closed_is_not_continued() -> None:
 
     with pytest.raises(PlanError, match="closed seat"):
         seats.build(decode_plan(2))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"row_emit": [False]},
+        {"row_num_tokens": [2], "row_num_literals": [2], "literals": [5, 6]},
+        {"row_num_literals": [1], "literals": [5], "row_num_targets": [1], "targets": [6]},
+        {"row_num_tokens": [2], "row_num_literals": [2], "literals": [5, 6], "row_num_drafts": [1]},
+    ],
+)
+def test_a_step_of_another_kind_is_not_repeated(changes: dict[str, list[int]]) -> None:
+    seats = make_seats()
+    seats.open(3, [7, 8], 0)
+    plan = decode_plan(1)
+    for name, values in changes.items():
+        getattr(plan, name)[:] = values
+    seats.build(plan)
+
+    with pytest.raises(PlanError, match="is repeated"):
+        seats.repeat(plan)
+
+
+def test_a_repeat_that_goes_on_past_its_blocks_is_refused() -> None:
+    seats = make_seats()
+    seats.open(3, [7], 0)
+    plan = decode_plan(1)
+    seats.build(plan)
+    for _ in range(3):
+        seats.repeat(plan)
+
+    with pytest.raises(PlanError, match="past its block table"):
+        seats.repeat(plan)

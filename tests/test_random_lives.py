@@ -28,6 +28,7 @@ class RandomLife:
             prefix_caching=caching,
             max_drafts=max_drafts,
             max_prompt_tokens=self.random.choice((None, None, 3)),
+            max_repeats=self.random.choice((0, 1, 3, 6)),
         )
         self.num_to_come = self.random.randint(4, 20)
         self.crash_chance = self.random.choice((0.0, 0.01, 0.03, 0.2))
@@ -116,6 +117,7 @@ class RandomLife:
             return
         sequence = self.random.choice(alive)
         self.met[f"ended while {sequence.state.value}"] += 1
+        self.met["ended amid repeats"] += self.house.is_amid_repeats()
         if self.random.random() < 0.5:
             self.house.cancel(sequence)
             return
@@ -130,6 +132,7 @@ class RandomLife:
         self.met["deaths in flight"] += died and self.house.scheduler.num_outstanding > 0
         self.met["new limits"] += limits is not None
         self.met["deaths amid forced tokens"] += self._num_amid_forced()
+        self.met["deaths amid repeats"] += died and self.house.is_amid_repeats()
         self.met["deaths amid drafts"] += any(sequence.num_drafts for sequence in self.house.expected)
         for end in self.house.crash(limits, died=died):
             assert end.fault is not None
@@ -168,6 +171,10 @@ class RandomLife:
             "replays": counters.num_replays,
             "chunks that do not emit": sum(not row.emit for row in rows),
             "rows without literals": sum(not row.literals for row in rows),
+            "repeats": sum(plan.num_repeats for plan in self.house.plans),
+            "repeats that bring blocks": sum(
+                plan.num_repeats > 0 and any(r.new_blocks for r in plan.rows) for plan in self.house.plans
+            ),
             "opens with history": sum(bool(open_.history) for open_ in opens),
             "replayed prompt logprobs": len(scored_twice),
         }
@@ -178,7 +185,8 @@ SITUATIONS = (
     *("deaths in flight", "reconnects", "new limits", "poisoned", "no longer fits", "preemptions", "hit tokens"),
     *("drains", "dropped tokens", "replays", "chunks that do not emit", "rows without literals"),
     *("opens with history", "replayed prompt logprobs", "forced tokens", "deaths amid forced tokens"),
-    *("accepted drafts", "drafts of which none was accepted", "deaths amid drafts"),
+    *("accepted drafts", "drafts of which none was accepted", "deaths amid drafts", "repeats"),
+    *("repeats that bring blocks", "ended amid repeats", "deaths amid repeats"),
 )
 
 

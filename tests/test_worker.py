@@ -30,6 +30,7 @@ FEW = ((5, 9.0), (9, 9.0), (17, 9.0))
 """Makes other tokens unlikely, so that text repeats itself."""
 GREEDY = Sampling(logit_bias=FEW, top_n_tokens=2)
 DRAWN = Sampling(do_sample=True, temperature=0.5, top_p=0.95, seed=3, logit_bias=FEW, top_n_tokens=2)
+LOOKS_BACK = Sampling(repetition_penalty=1.3, frequency_penalty=0.2, no_repeat_ngram_size=3, min_new_tokens=9)
 LOOPING = (5, 9, 17, 5, 9, 17, 5, 9)
 
 
@@ -73,7 +74,17 @@ def begin_epoch(worker: Worker) -> None:
 class Run:
     """Sequences from their first to their last step."""
 
-    def __init__(self, worker: Worker, requests: Sequence[Request], *, max_drafts: int = 0, depth: int = 2) -> None:
+    def __init__(
+        self,
+        worker: Worker,
+        requests: Sequence[Request],
+        *,
+        max_drafts: int = 0,
+        depth: int = 2,
+        max_repeats: int = 0,
+    ) -> None:
+        self.max_repeats = max_repeats
+        self.num_repeats = 0
         self.scheduler = Scheduler(LIMITS, prefix_caching=False, max_drafts=max_drafts)
         sequences = [self.scheduler.add(request) for request in requests]
         emissions = [emission for step in self._steps(worker, depth) for emission in step]
@@ -81,14 +92,23 @@ class Run:
         self.faults = [next((e.fault for e in emissions if e.sequence is s and e.fault), None) for s in sequences]
 
     def _steps(self, worker: Worker, depth: int) -> Iterator[list[Emission]]:
-        answers: deque[tuple[StepPlan, pb.StepOutput]] = deque()
+        answers: deque[tuple[StepPlan, int, pb.StepOutput]] = deque()
         while True:
-            while len(answers) < depth and (plan := self.scheduler.plan()):
-                answers.append((plan, worker.run(worker.prepare(encode_plan(plan), time.perf_counter())).output))
+            while len(answers) < depth and (plan := self.scheduler.plan(max_repeats=self.max_repeats)):
+                self.num_repeats += plan.num_repeats
+                answers += [(plan, repeat, output) for repeat, output in enumerate(outputs(worker, plan))]
             if not answers:
                 return
-            plan, answer = answers.popleft()
-            yield self.scheduler.commit(decode_output(answer, plan, VOCAB_SIZE))
+            plan, repeat, answer = answers.popleft()
+            yield self.scheduler.commit(decode_output(answer, plan, VOCAB_SIZE, repeat=repeat))
+
+
+def outputs(worker: Worker, plan: StepPlan) -> Iterator[pb.StepOutput]:
+    step = worker.prepare(encode_plan(plan), time.perf_counter())
+    yield worker.run(step).output
+    for _ in range(plan.num_repeats):
+        step = worker.prepare_repeat(step)
+        yield worker.run(step).output
 
 
 def requests_of(sampling: Sampling) -> list[Request]:
@@ -101,6 +121,44 @@ def assert_same(runs: list[list[SampledToken]], wanted: list[list[SampledToken]]
         assert [token.logprob for token in tokens] == pytest.approx([token.logprob for token in others], abs=1e-4)
         for token, other in zip(tokens, others, strict=True):
             assert [id_ for id_, _ in token.top_tokens] == [id_ for id_, _ in other.top_tokens]
+
+
+# Repeats
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN, LOOKS_BACK], ids=["greedy", "drawn", "looks back"])
+def test_tokens_logprobs_and_likeliest_tokens_are_the_same_with_repeats(worker: Worker, sampling: Sampling) -> None:
+    plain = Run(worker, requests_of(sampling))
+    begin_epoch(worker)
+
+    repeating = Run(worker, requests_of(sampling), max_repeats=3)
+
+    assert repeating.num_repeats >= 27
+    assert_same(repeating.tokens, plain.tokens)
+
+
+def test_a_row_that_fails_amid_repeats_fails_alone(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = Run(worker, requests_of(GREEDY))
+    begin_epoch(worker)
+    not_finite_at(len(LOOPING) + 19, monkeypatch)
+
+    spoilt = Run(worker, requests_of(GREEDY), max_repeats=3)
+
+    assert spoilt.faults == [NOT_FINITE, None, None]
+    assert_same([spoilt.tokens[0]], [plain.tokens[0][:19]])
+    assert_same(spoilt.tokens[1:], plain.tokens[1:])
+
+
+def test_the_step_after_repeats_is_numbered_on(worker: Worker) -> None:
+    scheduler = Scheduler(LIMITS)
+    scheduler.add(requests_of(GREEDY)[0])
+    plans = [scheduler.plan(), scheduler.plan(max_repeats=2)]
+
+    steps = [output.step for plan in plans if plan for output in outputs(worker, plan)]
+
+    assert steps == [1, 2, 3, 4]
+    with pytest.raises(PlanError, match="step 4 came instead of 5"):
+        worker.prepare(pb.StepPlan(step=4), time.perf_counter())
 
 
 # Drafts

@@ -45,19 +45,29 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """What all ranks do in one step, in this order: closes, opens, then every row in one forward pass."""
+    """What all ranks do in one step, in this order: closes, opens, then every row in one forward pass.
+
+    And then in `num_repeats` steps more: every row feeds its seat's last sampled token and emits the next.
+    """
 
     step: int
+    """Number of the first of them."""
     closes: list[int]
     opens: list[Open]
     rows: list[Row]
     has_prompts: bool = False
     """Whether a row feeds more of what its sequence was admitted with than the last token."""
     has_drafts: bool = False
+    num_repeats: int = 0
 
     @property
     def num_tokens(self) -> int:
+        """Of each of its steps."""
         return sum(row.num_tokens for row in self.rows)
+
+    @property
+    def num_steps(self) -> int:
+        return 1 + self.num_repeats
 
 
 TopTokens = tuple[tuple[int, float], ...]
@@ -98,7 +108,7 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """Rank 0's answer to a plan: one `RowOutput` per row, in the plan's order."""
+    """Rank 0's answer to a step: one `RowOutput` per row, in the plan's order."""
 
     step: int
     rows: list[RowOutput]

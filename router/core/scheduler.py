@@ -6,8 +6,12 @@ The scheduler is pure: requests and answers in, plans and emissions out; no cloc
     travel as literals, and the row emits if it reaches the end of that range.
 
 Prefill, chunked prefill, decode, prefix hits, recompute after a preemption and replay after a crash are all this rule
-with other numbers. With a plan outstanding, the token being sampled is counted but not known: the next row carries no
-literal and the shard feeds what it sampled itself. How many plans are outstanding is the caller's choice.
+with other numbers. With a step outstanding, the token being sampled is counted but not known: the next row carries no
+literal and the shard feeds what it sampled itself. How many steps are outstanding is the caller's choice.
+
+Where every row does nothing but that and nobody waits, a plan may stand for several steps, as many as the caller wants.
+They count as outstanding one by one, and what is known of a sequence is as if each had had a plan of its own. All their
+blocks are taken at once, and so only as long as there are enough of them: nobody is preempted for a repeat.
 
 A grammar may leave one choice for many tokens. The shard then says so ahead of time, and they are known tokens from
 that moment on, fed as literals in one row. What they do not have yet is a log-probability, and no token is handed on
@@ -20,7 +24,7 @@ while there are good ones, nothing is planned ahead, for anybody. Sequences that
 
 Plans run in the order they were sent, so a block or a seat that is given back now may be given away in the very next
 plan: whatever earlier plans still write there happens before. The one thing this does not cover is a sequence that
-comes back with a token still on the device, and so nothing is preempted while a plan is outstanding.
+comes back with a token still on the device, and so nothing is preempted while a step is outstanding.
 """
 
 from __future__ import annotations
@@ -122,8 +126,9 @@ class Counters:
 
 
 class _Sent(NamedTuple):
-    """A plan that was handed out and has not come back; `sequences` are those of its rows."""
+    """A step that was handed out and has not come back; `sequences` are those of its plan's rows."""
 
+    step: int
     plan: StepPlan
     sequences: list[Sequence]
 
@@ -135,6 +140,7 @@ class _Draft:
     budget: int
     num_spare_blocks: int = 0
     """Free ones beyond those that the rows to come need."""
+    num_repeats: int = 0
     num_open_bytes: int = 0
     """What the opens take on the wire, at most."""
     has_prompts: bool = False
@@ -148,7 +154,7 @@ class _Draft:
 class Scheduler:
     """Owns the queue, the seats and the blocks of one group.
 
-    The caller keeps a pipeline filled: `plan()` while it wants another plan outstanding, `commit()` with each answer,
+    The caller keeps a pipeline filled: `plan()` while it wants another step outstanding, `commit()` with each answer,
     in order. `plan()` returning None with nothing outstanding means that there is nothing to do.
     """
 
@@ -203,6 +209,7 @@ class Scheduler:
 
     @property
     def num_outstanding(self) -> int:
+        """Steps planned whose answer has not come."""
         return len(self._outstanding)
 
     @property
@@ -259,7 +266,7 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         """Back to the queue, at its old place; its tokens will be fed again."""
-        assert not self._outstanding, f"preempting with {len(self._outstanding)} plans outstanding"
+        assert not self._outstanding, f"preempting with {len(self._outstanding)} steps outstanding"
         self._running.leave(sequence)
         self._vacate(sequence)
         sequence.state = SequenceState.WAITING
@@ -276,11 +283,11 @@ class Scheduler:
 
     # Planning
 
-    def plan(self, max_prompt_tokens: int | None = None) -> StepPlan | None:
+    def plan(self, max_prompt_tokens: int | None = None, max_repeats: int = 0) -> StepPlan | None:
         """Decides the next step. None: there is nothing to send before the next answer or request.
 
         `max_prompt_tokens` bounds what prompts and forced runs may feed in a step in which other sequences decode, and
-        wait for it.
+        wait for it. `max_repeats` is how many steps more it may stand for, where it can.
         """
         suspect = self._probation.first
         if suspect is not None:
@@ -296,6 +303,8 @@ class Scheduler:
             self._preempt(next(reversed(self._running)))
             decodes, prompts = self._split_running()
         draft = _Draft(self._limits.max_step_tokens, num_spare_blocks)
+        if max_repeats and not prompts:
+            draft.num_repeats = self._num_repeats(decodes, max_repeats)
         if max_prompt_tokens is None or not decodes:
             max_prompt_tokens = draft.budget
         max_prompt_tokens -= self._add_decodes(draft, decodes, max_prompt_tokens)
@@ -329,6 +338,23 @@ class Scheduler:
         block_size = self._limits.block_size
         growing = [s for s in decodes if s.num_planned + s.num_to_feed > len(s.blocks) * block_size]
         return self._pool.num_free - sum(self._num_lacking(s, s.num_planned + s.num_to_feed) for s in growing)
+
+    def _num_repeats(self, decodes: list[Sequence], max_repeats: int) -> int:
+        """How many steps may repeat one in which only these have rows.
+
+        None, unless each feeds a token that is on the device and nobody may have more to say before the next step: no
+        prompts that wait, no grammar that forces tokens, no guesses. And none that would emit behind a sequence's
+        certain end, or need blocks beyond those that are free.
+        """
+        if self._waiting or self._guessing(decodes):
+            return 0
+        num = max_repeats
+        for sequence in decodes:
+            if sequence.request.grammar or sequence.num_planned < len(sequence.tokens):
+                return 0
+            num = min(num, sequence.max_num_tokens - sequence.num_planned - 2)
+        num_lacking = sum(self._num_lacking(s, s.num_planned + 1 + num) for s in decodes)
+        return num if num_lacking <= self._pool.num_free else 0
 
     def _num_lacking(self, sequence: Sequence, num_tokens: int) -> int:
         """Blocks to add to a sequence's table so that it holds so many tokens."""
@@ -505,7 +531,7 @@ class Scheduler:
             sequence.num_drafts = len(drafts)
             draft.has_drafts = True
         if new_blocks is None:
-            num_lacking = self._num_lacking(sequence, start + num_fed)
+            num_lacking = self._num_lacking(sequence, start + num_fed + draft.num_repeats)
             new_blocks = [self._pool.take() for _ in range(num_lacking)] if num_lacking else []
         sequence.blocks += new_blocks
         emit = end == len(tokens) + sequence.num_in_flight
@@ -513,8 +539,8 @@ class Scheduler:
         draft.sequences.append(sequence)
         draft.budget -= num_fed
         draft.has_prompts |= start < sequence.num_admitted_tokens - 1
-        sequence.num_planned = end
-        sequence.num_in_flight += emit
+        sequence.num_planned = end + draft.num_repeats
+        sequence.num_in_flight += emit + draft.num_repeats
         self._register_blocks(sequence)
         return num_fed
 
@@ -522,14 +548,19 @@ class Scheduler:
         """Closes wait for a plan with rows: a seat nobody feeds costs nothing."""
         if not draft.rows:
             return None
-        self._step += 1
-        plan = StepPlan(self._step, self._closes, draft.opens, draft.rows, draft.has_prompts, draft.has_drafts)
+        num_steps = 1 + draft.num_repeats
+        plan = StepPlan(
+            *(self._step + 1, self._closes, draft.opens, draft.rows),
+            *(draft.has_prompts, draft.has_drafts, draft.num_repeats),
+        )
         self._closes = []
         self._last_opened = draft.opened
-        self._outstanding.append(_Sent(plan, draft.sequences))
-        self.counters.num_steps += 1
-        self.counters.num_rows += len(draft.rows)
-        self.counters.num_fed_tokens += self._limits.max_step_tokens - draft.budget
+        for _ in range(num_steps):
+            self._step += 1
+            self._outstanding.append(_Sent(self._step, plan, draft.sequences))
+        self.counters.num_steps += num_steps
+        self.counters.num_rows += num_steps * len(draft.rows)
+        self.counters.num_fed_tokens += num_steps * (self._limits.max_step_tokens - draft.budget)
         return plan
 
     # The prefix index
@@ -569,9 +600,9 @@ class Scheduler:
     # Answers
 
     def commit(self, output: StepOutput) -> list[Emission]:
-        """Takes the answer to the oldest outstanding plan. What comes for a sequence that has ended is dropped."""
-        plan, sequences = self._outstanding.popleft()
-        assert output.step == plan.step, f"step {output.step} came back instead of {plan.step}"
+        """Takes the answer to the oldest outstanding step. What comes for a sequence that has ended is dropped."""
+        step, _, sequences = self._outstanding.popleft()
+        assert output.step == step, f"step {output.step} came back instead of {step}"
         emissions: list[Emission] = []
         for sequence, answer in zip(sequences, output.rows, strict=True):
             if sequence.state is SequenceState.FINISHED:
@@ -719,7 +750,7 @@ class Scheduler:
             assert sequence.state is SequenceState.WAITING, f"{sequence.state} among the waiting"
         if not self._outstanding:
             in_flight = [sequence.arrival for sequence in self._running if sequence.num_in_flight]
-            assert not in_flight, f"{in_flight} are in flight, but no plan is outstanding"
+            assert not in_flight, f"{in_flight} are in flight, but no step is outstanding"
 
 
 def _needs_history(request: Request) -> bool:

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 import grpc
 
@@ -91,6 +91,18 @@ class _Rank:
     answers: deque[pb.FromShard] = field(default_factory=deque)
 
 
+class _Step(NamedTuple):
+    """A step that was sent and not answered."""
+
+    plan: StepPlan
+    repeat: int
+    """Which of its plan's repeats it is; 0: the first step."""
+
+    @property
+    def number(self) -> int:
+        return self.plan.step + self.repeat
+
+
 class GroupClient:
     """Drives the ranks at `addresses` (rank order), for one caller at a time."""
 
@@ -105,7 +117,7 @@ class GroupClient:
         self.codec_s = 0.0
         """Seconds spent turning plans and outputs into bytes and back, all epochs."""
         self._ranks: list[_Rank] = []
-        self._outstanding: deque[StepPlan] = deque()
+        self._outstanding: deque[_Step] = deque()
         self._epoch = 0
         self._num_blocks: int | None = None
         self._info: GroupInfo | None = None
@@ -217,7 +229,8 @@ class GroupClient:
                 if answer.HasField("fault"):
                     raise GroupLost(f"{rank.address}: {answer.fault.message}")
                 rank.answers.append(answer)
-                self._answered.set()
+                if self._has_answers():
+                    self._answered.set()
         except GroupLost as error:
             self._lose(error)
         except Exception as error:  # bytes that are no message, say: whatever it is, this rank is of no use any more
@@ -240,7 +253,7 @@ class GroupClient:
         begun_at = time.perf_counter()
         message = pb.ToShard(plan=encode_plan(plan))
         self.codec_s += time.perf_counter() - begun_at
-        self._outstanding.append(plan)
+        self._outstanding.extend(_Step(plan, repeat) for repeat in range(plan.num_steps))
         try:
             await self._deadline.within(timeout_s, self._write(message))
         except TimeoutError:
@@ -251,13 +264,13 @@ class GroupClient:
             await _call(rank.address, rank.stream.write(message))
 
     async def receive(self, timeout_s: float) -> StepOutput:
-        """The answer to the oldest plan sent. Raises `GroupLost` on any failure, also past `timeout_s`."""
-        plan = self._outstanding[0]
+        """The answer to the oldest step sent. Raises `GroupLost` on any failure, also past `timeout_s`."""
+        step = self._outstanding[0]
         if not await self._have_answers(timeout_s) and not await self._have_answers(GRACE_S):
-            raise GroupLost(f"step {plan.step} did not return within {timeout_s:.1f} s")
+            raise GroupLost(f"step {step.number} did not return within {timeout_s:.1f} s")
         self._outstanding.popleft()
         begun_at = time.perf_counter()
-        output = self._decode(plan, [rank.answers.popleft() for rank in self._ranks])
+        output = self._decode(step, [rank.answers.popleft() for rank in self._ranks])
         self.codec_s += time.perf_counter() - begun_at
         return output
 
@@ -270,17 +283,20 @@ class GroupClient:
         return True
 
     async def _wait_for_answers(self) -> None:
-        while not all(rank.answers for rank in self._ranks):
+        while not self._has_answers():
             self.raise_if_lost()
             self._answered.clear()
             await self._answered.wait()
 
-    def _decode(self, plan: StepPlan, answers: list[pb.FromShard]) -> StepOutput:
+    def _has_answers(self) -> bool:
+        return all(rank.answers for rank in self._ranks)
+
+    def _decode(self, step: _Step, answers: list[pb.FromShard]) -> StepOutput:
         first = answers[0].output
         for rank, answer in zip(self._ranks[1:], answers[1:], strict=True):
-            if (answer.ack.step, answer.ack.digest) != (plan.step, first.digest):
-                raise GroupLost(f"step {plan.step}: {rank.address} does not hold the tokens that rank 0 chose")
-        return decode_output(first, plan, self.info.vocab_size)
+            if (answer.ack.step, answer.ack.digest) != (step.number, first.digest):
+                raise GroupLost(f"step {step.number}: {rank.address} does not hold the tokens that rank 0 chose")
+        return decode_output(first, step.plan, self.info.vocab_size, repeat=step.repeat)
 
     async def close(self, *, goodbye: bool) -> None:
         """Leaves the ranks; with a goodbye they wait for the next epoch, without one they end."""

@@ -24,6 +24,7 @@ def encode_plan(plan: StepPlan) -> pb.StepPlan:
         row_emit=emits,
         row_num_targets=map(len, targets),
         row_num_drafts=nums_drafts if plan.has_drafts else (),
+        num_repeats=plan.num_repeats,
         literals=chain.from_iterable(literals),
         new_blocks=chain.from_iterable(new_blocks),
         targets=chain.from_iterable(targets),
@@ -68,26 +69,27 @@ def _encode_sampling(sampling: Sampling) -> pb.Sampling:
     )
 
 
-def decode_output(message: pb.StepOutput, plan: StepPlan, vocab_size: int) -> StepOutput:
-    """Cuts the ragged columns along the plan's rows.
+def decode_output(message: pb.StepOutput, plan: StepPlan, vocab_size: int, *, repeat: int = 0) -> StepOutput:
+    """Cuts the ragged columns along the plan's rows. It should answer the plan's first step, or that `repeat` of it.
 
     Raises `GroupLost` when the answer does not fit the plan: a wrong length, a token outside the vocabulary, a token
     from a row that should not emit. Such a rank cannot be trusted with anything else it says.
     """
+    step = plan.step + repeat
     try:
+        if message.step != step:
+            raise ValueError(f"it is numbered {message.step}")
         return _decode_output(message, plan, vocab_size)
     except (IndexError, ValueError) as error:
-        raise GroupLost(f"step {plan.step}: the answer does not fit the plan: {error}") from error
+        raise GroupLost(f"step {step}: the answer does not fit the plan: {error}") from error
 
 
 def _decode_output(message: pb.StepOutput, plan: StepPlan, vocab_size: int) -> StepOutput:
-    if message.step != plan.step:
-        raise ValueError(f"it is numbered {message.step}")
     if len(message.row_num_emitted) != len(plan.rows):
         raise ValueError(f"{len(message.row_num_emitted)} rows for {len(plan.rows)}")
     timings = message.timings
     return StepOutput(
-        plan.step,
+        message.step,
         _plain_rows(message, plan, vocab_size) or _ragged_rows(message, plan, vocab_size),
         Timings(timings.wait_us, timings.inputs_us, timings.forward_us, timings.sample_us),
     )
