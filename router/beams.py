@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from router.core.beams import Beam, BeamSearch
 from router.core.request import BeamSettings, FinishReason, Request
-from router.errors import IncompleteGeneration, RouterError
+from router.errors import RouterError
 from router.generation import Finish, Generation, Token, TokenEvent
 from router.text.output import OutputText
 from router.text.tokenizer import Tokenizer
@@ -45,6 +45,11 @@ class BeamGeneration(Generation):
 
     async def __aiter__(self) -> AsyncIterator[TokenEvent]:
         """The winner's events, once there is one. Raises the `RouterError` that a beam failed with."""
+        for event in await self.read_all():
+            yield event
+
+    async def read_all(self) -> list[TokenEvent]:
+        """The same together."""
         try:
             await self._run()
         except RouterError as error:
@@ -56,12 +61,11 @@ class BeamGeneration(Generation):
             self.publish(event)
             if event.finish is not None:
                 self._on_end(self, event.finish)
-        async for event in super().__aiter__():
-            yield event
+        return await super().read_all()
 
     async def _run(self) -> None:
         while True:
-            self._take_step([await _only_event(part) for part in self._parts])
+            self._take_step([event for part in self._parts for event in await part.read_all()])
             if self._search.is_done:
                 return
             self._parts = []
@@ -116,12 +120,6 @@ class BeamGeneration(Generation):
         self._cancel_parts()
         self.drop()
         self._on_end(self, None)
-
-
-async def _only_event(part: Generation) -> TokenEvent:
-    async for event in part:
-        return event
-    raise IncompleteGeneration
 
 
 def _with_ties(top_tokens: tuple[Token, ...], num: int) -> tuple[Token, ...]:

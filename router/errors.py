@@ -13,8 +13,6 @@ RouterError
 ├── Overloaded             429  not now
 ├── NotReady               503  the group is loading or restarting, or we are shutting down
 ├── GenerationFailed       424  this request failed on the shards
-├── IncompleteGeneration   500  the tokens ended without a finish reason
-│   └── IncompleteStream        the same behind the first event
 ├── BadBatch               422  a call of several prompts that cannot be taken apart
 └── IncompleteBatch        500  a call of several prompts failed in one of them
 GroupLost                       the engine's own: a group's epoch is over and its sequences are replayed
@@ -131,21 +129,6 @@ class GenerationFailed(RouterError):
 
     def __init__(self, cause: str) -> None:
         super().__init__(f"Request failed during generation: {cause}")
-
-
-class IncompleteGeneration(RouterError):
-    status = 500
-    error_type = "incomplete_generation"
-
-    def __init__(self) -> None:
-        super().__init__("Incomplete generation")
-
-
-class IncompleteStream(IncompleteGeneration):
-    error_type = "incomplete_generation_stream"
-
-    def __init__(self) -> None:
-        RouterError.__init__(self, "Incomplete generation stream")
 
 
 class BadBatch(RouterError):

@@ -1,7 +1,8 @@
 """One sequence as its consumer sees it: token events, the last of which says how it ended.
 
-The engine is at the other end. Publishing never waits for the consumer; what it has not read yet is kept. A consumer is
-a task that iterates, or a function that is called with every piece of news: waking a task costs more than most events.
+The engine is at the other end. Publishing never waits for the consumer; what it has not read yet is kept. Waking a task
+costs more than most events, so a consumer that shows them as they come is a function that is called with every piece of
+news, and one that wants them all is woken at the end.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class TokenEvent(NamedTuple):
 
 
 class Generation:
-    """One sequence as its consumer sees it: read it once, by iteration or `arriving`, and cancel it in a `finally`."""
+    """One sequence as its consumer sees it: read it once, in one of the three ways, and cancel it in a `finally`."""
 
     def __init__(self, request: Request, on_cancel: Callable[[Generation], None]) -> None:
         self.request = request
@@ -60,6 +61,8 @@ class Generation:
         self._events: deque[TokenEvent] = deque()
         self._error: RouterError | None = None
         self._changed = asyncio.Event()
+        self._over = asyncio.Event()
+        """There is nothing more to come."""
         self._on_news: Callable[[], None] = self._changed.set
         self._submitted_at = time.monotonic()
         self._planned_at: float | None = None
@@ -73,6 +76,11 @@ class Generation:
             else:
                 self._changed.clear()
                 await self._changed.wait()
+
+    async def read_all(self) -> list[TokenEvent]:
+        """Every event, once the last one is there. Raises the `RouterError` the sequence failed with."""
+        await self._over.wait()
+        return [event for event in self.arriving() if event is not None]
 
     def arriving(self) -> Iterator[TokenEvent | None]:
         """The same without waiting: None stands for as long as there is no new event, until it is asked again."""
@@ -111,14 +119,18 @@ class Generation:
 
     def publish(self, event: TokenEvent) -> None:
         if event.finish is not None:
-            self._ended_at = time.monotonic()
+            self._end()
         self._events.append(event)
         self._on_news()
 
     def fail(self, error: RouterError) -> None:
-        self._ended_at = time.monotonic()
+        self._end()
         self._error = error
         self._on_news()
+
+    def _end(self) -> None:
+        self._ended_at = time.monotonic()
+        self._over.set()
 
     def drop(self) -> None:
         """Nobody listens any more."""

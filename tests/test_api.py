@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import random
 import re
 import socket
 import struct
@@ -17,7 +18,7 @@ import uvicorn
 
 from router.api import render, schemas
 from router.core.request import FinishReason
-from router.engine import Token
+from router.engine import Token, TokenEvent
 from router.errors import GenerationFailed, NotReady, Overloaded
 from tests.http_app import MODEL_SHA, PARIS, Client, FakeEngine, Json, Script, build, events
 from tests.server import PATIENCE_S
@@ -307,6 +308,26 @@ def test_float32_text_gives_the_same_float32_again() -> None:
 
         assert struct.pack("<f", float(text)) == struct.pack("<I", bits)
         assert len(text.partition("e")[0].replace(".", "").strip("0")) <= 9
+
+
+def test_float32_is_written_alike_whatever_its_size() -> None:
+    rng = random.Random(5)
+    for exponent in (-20, *range(-16, 13), 40):
+        for mantissa in (0, 1, 0x7FFFFF, *(rng.getrandbits(23) for _ in range(200))):
+            [value] = struct.unpack("<f", struct.pack("<I", 0x80000000 | (exponent + 127) << 23 | mantissa))
+
+            assert render.to_bytes(render.float32(value)).decode() == render.format_float32(value)
+
+
+@pytest.mark.parametrize("text", [" Paris", "", '"\\', "\n\t\x00\x1f\x7f", "é\u2028☃", "%d{}"])
+@pytest.mark.parametrize("logprob", [-0.25, -1e-7, -0.0, -1234.5, float("-inf"), float("nan")])
+def test_an_event_of_a_stream_is_written_as_any_json_is(text: str, logprob: float) -> None:
+    for special in (False, True):
+        token = Token(49151, text, logprob, special)
+
+        written = render.stream_event(3, token)
+
+        assert written == render.to_bytes(render.full_stream_event(TokenEvent(3, token), None))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), None])

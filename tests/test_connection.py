@@ -14,7 +14,7 @@ import uvicorn
 
 from router.api import body, connection
 from tests.http_app import PARIS, FakeEngine, Script, build, listening
-from tests.server import PATIENCE_S
+from tests.server import PATIENCE_S, until
 
 BODY = b'{"inputs":"a","parameters":{}}'
 JSON = b"content-type: application/json"
@@ -44,10 +44,15 @@ class Answer(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def address() -> Iterator[tuple[str, int]]:
-    """Of the application behind our connections. Sequences that begin with "b" are never told to end."""
+def engine() -> HangingEngine:
+    return HangingEngine()
+
+
+@pytest.fixture(scope="module")
+def address(engine: HangingEngine) -> Iterator[tuple[str, int]]:
+    """Of the application behind our connections."""
     config = uvicorn.Config(
-        build(HangingEngine()),
+        build(engine),
         http=connection.Connection,
         ws="none",
         lifespan="off",
@@ -206,6 +211,7 @@ def send_megabytes(wire: Wire) -> None:
         post(b"host: a-b_c.example:80", JSON, LENGTH, CLOSE),
         post(b"host:", JSON, LENGTH, CLOSE),
         post(JSON, LENGTH, version=b"1.0"),
+        post(JSON, LENGTH, b"expect: 100-continue", version=b"1.0"),
         post(HOST, JSON, CLOSE, b"transfer-encoding: Chunked", body=b"1e\r\n" + BODY + b"\r\n0\r\n\r\n"),
         post(
             HOST,
@@ -251,6 +257,50 @@ def test_pipelined_requests_are_answered_in_their_order(address: tuple[str, int]
 
         assert [answer.status for answer in answers] == [200] * 20 + [404]
         assert wire.is_ended()
+
+
+ASK_FOREVER = b'{"inputs":"a","parameters":{"max_new_tokens":7}}'
+FOREVER = post(HOST, JSON, b"content-length: %d" % len(ASK_FOREVER), path=b"/generate_stream", body=ASK_FOREVER)
+
+
+@pytest.mark.parametrize("behind", [b"", GOOD, GOOD * 3], ids=["alone", "with another behind it", "with three"])
+@pytest.mark.parametrize("later", [b"", GOOD], ids=["", "and one that comes later"])
+def test_a_client_that_leaves_its_stream_ends_it(
+    engine: HangingEngine, address: tuple[str, int], behind: bytes, later: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever it has asked for behind it, which nobody computes any more."""
+    num_requests, num_cancelled = len(engine.requests), len(engine.cancelled)
+    with Wire(address) as wire:
+        wire.send(FOREVER + behind)
+        wire.read_until(b'"details":null}\n\n\r\n')
+        wire.send(later)
+
+    until(lambda: len(engine.cancelled) > num_cancelled)
+    assert_still_serving(address)
+    assert len(engine.requests) - num_requests == 1 + 1
+    assert [record.getMessage() for record in caplog.records if record.levelname in ("WARNING", "ERROR")] == []
+
+
+def test_requests_behind_a_stream_are_not_read_without_end(address: tuple[str, int]) -> None:
+    with Wire(address) as wire:
+        wire.send(FOREVER)
+        wire.read_until(b'"details":null}\n\n\r\n')
+        wire.socket.settimeout(2.0)
+
+        with pytest.raises(TimeoutError):
+            wire.send(post(HOST, b"x: " + b"a" * 60_000, path=b"/no/such", body=b"") * 800)
+
+
+def test_a_stream_of_the_first_http_is_not_chunked_and_ends_with_the_connection(address: tuple[str, int]) -> None:
+    with Wire(address) as wire:
+        wire.send(post(JSON, LENGTH, path=b"/generate_stream", version=b"1.0"))
+        head, body = wire.read_until(b"\r\n\r\n").lower(), wire.read_until(b"")
+
+    assert b"transfer-encoding" not in head
+    assert b"\r\nconnection: close" in head
+    *events, rest = body.split(b"\n\n")
+    assert [json.loads(event.removeprefix(b"data: "))["index"] for event in events] == [1, 2]
+    assert rest == b""
 
 
 # What keeps us waiting
@@ -321,10 +371,8 @@ def test_many_who_say_nothing_are_in_nobodys_way(address: tuple[str, int]) -> No
 @pytest.mark.parametrize("behind", [b"POST /gen", b"\x00\x01\r\n\r\n"])
 def test_a_stream_is_not_disturbed_by_what_is_sent_behind_its_request(address: tuple[str, int], behind: bytes) -> None:
     """Neither by a head that is late nor by one that is bad: the stream's own client would read a 408 in it."""
-    ask_forever = b'{"inputs":"a","parameters":{"max_new_tokens":7}}'
-    sent = post(HOST, JSON, b"content-length: %d" % len(ask_forever), path=b"/generate_stream", body=ask_forever)
     with Wire(address) as wire:
-        wire.send(sent)
+        wire.send(FOREVER)
         wire.read_until(b'"details":null}\n\n\r\n')
         wire.send(behind)
         wire.socket.settimeout(0.5)
@@ -336,9 +384,8 @@ def test_a_stream_is_not_disturbed_by_what_is_sent_behind_its_request(address: t
 @pytest.mark.parametrize("behind", [b"GET / HTTP/1.1\r\nx: ", b"\r\n0\r\nx: "], ids=["head", "trailer"])
 def test_what_does_not_end_is_not_kept_while_an_answer_is_due(address: tuple[str, int], behind: bytes) -> None:
     """A second head beside a stream, or the request's own trailers: neither can end the connection yet."""
-    ask_forever = b'{"inputs":"a","parameters":{"max_new_tokens":7}}'
     with Wire(address) as wire:
-        wire.send(post(HOST, JSON, CHUNKED, path=b"/generate_stream", body=b"%x\r\n" % len(ask_forever) + ask_forever))
+        wire.send(post(HOST, JSON, CHUNKED, path=b"/generate_stream", body=b"%x\r\n" % len(ASK_FOREVER) + ASK_FOREVER))
         tracemalloc.start()
         try:
             wire.send((b"\r\n0\r\n\r\n" if behind.startswith(b"GET") else b"") + behind)

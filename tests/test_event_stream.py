@@ -26,6 +26,7 @@ from router.engine import Finish, Generation, TokenEvent
 from router.errors import GenerationFailed
 from tests.engines import greedy
 from tests.http_app import CONFIG, PARIS, FakeEngine, Script, build, listening
+from tests.server import PATIENCE_S
 
 LAST = Finish(FinishReason.LENGTH, "", 1)
 
@@ -101,7 +102,7 @@ def test_who_publishes_writes_at_once() -> None:
         assert body.written == [b"1", b"2", b"3"]
         await writing
 
-    asyncio.run(asyncio.wait_for(act(), 30.0))
+    asyncio.run(asyncio.wait_for(act(), PATIENCE_S))
 
 
 def test_a_slow_client_is_waited_for_and_misses_nothing() -> None:
@@ -119,7 +120,7 @@ def test_a_slow_client_is_waited_for_and_misses_nothing() -> None:
         await writing
         assert body.written == [b"%d" % index for index in range(1, 7)]
 
-    asyncio.run(asyncio.wait_for(act(), 30.0))
+    asyncio.run(asyncio.wait_for(act(), PATIENCE_S))
 
 
 def test_what_goes_wrong_ends_the_stream_and_not_the_publisher() -> None:
@@ -138,7 +139,7 @@ def test_what_goes_wrong_ends_the_stream_and_not_the_publisher() -> None:
             await writing
         generation.publish(event(2, last=True))
 
-    asyncio.run(asyncio.wait_for(act(), 30.0))
+    asyncio.run(asyncio.wait_for(act(), PATIENCE_S))
 
 
 def test_nothing_is_written_for_a_client_that_left() -> None:
@@ -154,7 +155,38 @@ def test_nothing_is_written_for_a_client_that_left() -> None:
         generation.publish(event(2, last=True))
         assert body.written == [b"1"]
 
-    asyncio.run(asyncio.wait_for(act(), 30.0))
+    asyncio.run(asyncio.wait_for(act(), PATIENCE_S))
+
+
+def test_who_wants_all_events_is_woken_by_the_last() -> None:
+    async def act() -> None:
+        generation = new_generation()
+        reading = generation.read_all()
+        waiting = reading.send(None)
+        generation.publish(event(1))
+        assert not waiting.done()
+        generation.publish(event(2, last=True))
+        assert waiting.done()
+
+        with pytest.raises(StopIteration) as returned:
+            reading.send(None)
+        assert returned.value.value == [event(1), event(2, last=True)]
+
+    asyncio.run(act())
+
+
+def test_who_wants_all_events_is_told_what_a_sequence_failed_with() -> None:
+    async def act() -> None:
+        generation = new_generation()
+        reading = asyncio.create_task(generation.read_all())
+        await settle()
+        generation.publish(event(1))
+        generation.fail(GenerationFailed("it broke"))
+
+        with pytest.raises(GenerationFailed, match="it broke"):
+            await reading
+
+    asyncio.run(asyncio.wait_for(act(), PATIENCE_S))
 
 
 NUM_TOKENS = 400
@@ -190,7 +222,7 @@ def test_megabytes_reach_a_client_that_reads_late(
 ) -> None:
     body = json.dumps(asked)
     head = f"POST {route} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
-    with socket.create_connection(address, timeout=30.0) as client:
+    with socket.create_connection(address, timeout=PATIENCE_S) as client:
         client.sendall(f"{head}connection: close\r\n\r\n{body}".encode())
         threading.Event().wait(0.2)  # until its buffers are full
         received = b"".join(iter(lambda: client.recv(1 << 20), b""))
@@ -267,7 +299,7 @@ def test_a_client_that_leaves_about_its_first_token_is_no_error(
 
         assert engine.cancelled == [engine.generation.request]
 
-    asyncio.run(asyncio.wait_for(act(), 30.0))
+    asyncio.run(asyncio.wait_for(act(), PATIENCE_S))
     assert "Exception in ASGI application" not in caplog.text
 
 
@@ -294,8 +326,8 @@ def test_what_was_answered_is_freed_without_the_garbage_collector() -> None:
             gc.enable()
         assert transport.written.count(b" 200 OK") == 20
 
-    asyncio.run(asyncio.wait_for(act(asking()), 30.0))
-    asyncio.run(asyncio.wait_for(act(b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\n"), 30.0))
+    asyncio.run(asyncio.wait_for(act(asking()), PATIENCE_S))
+    asyncio.run(asyncio.wait_for(act(b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\n"), PATIENCE_S))
 
 
 def test_what_other_choices_have_comes_before_the_failure_of_one() -> None:

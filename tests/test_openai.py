@@ -164,12 +164,33 @@ def test_usage_ends_a_stream_on_demand() -> None:
     assert last["usage"]["total_tokens"] == last["usage"]["prompt_tokens"] + 2
 
 
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+@pytest.mark.parametrize("fields", [{}, {"n": 2}, {"stream_options": {"include_usage": True}}], ids=["", "n", "usage"])
+def test_chunks_differ_in_nothing_but_their_text(path: str, fields: Json) -> None:
+    texts = ("first", "é", " plain", '"\\\t\x00', "\u2028", "\x7f{}", "%d")
+    body = {"messages": HELLO, "prompt": "Hi", "stream": True, **fields}
+    response = Client(saying(*texts, "end")).post(path, body)
+
+    chunks(response)
+    frames = [frame for frame in response.text.split("\n\n") if '"index":0' in frame]
+    [template] = [frame for frame in frames if '"é"' in frame]
+    written = [json.dumps(text, ensure_ascii=text == "\u2028").replace("\\u007f", "\x7f") for text in texts]
+    assert frames[1:-1] == [template.replace('"é"', text) for text in written[1:]]
+
+
 def test_usage_may_come_with_every_chunk() -> None:
     options = {"include_usage": True, "continuous_usage_stats": True}
 
-    given = stream(Client(), stream_options=options)
+    given = stream(Client(saying("a", "b", "c")), stream_options=options)
 
-    assert [chunk["usage"]["completion_tokens"] for chunk in given] == [1, 2, 2]
+    assert [chunk["usage"]["completion_tokens"] for chunk in given] == [1, 2, 3, 3]
+
+
+@pytest.mark.parametrize(("path", "fields"), [(CHAT, {"logprobs": True}), (COMPLETIONS, {"logprobs": 0})])
+def test_logprobs_come_with_every_chunk(path: str, fields: Json) -> None:
+    given = stream(Client(saying("a", "b", "c")), path, **fields)
+
+    assert [chunk["choices"][0]["logprobs"] is not None for chunk in given] == [True] * 3
 
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])

@@ -26,7 +26,7 @@ import pytest
 
 from router.core.request import FinishReason
 from router.engine import Token
-from router.errors import GenerationFailed, IncompleteGeneration, IncompleteStream, NotReady, Overloaded
+from router.errors import GenerationFailed, NotReady, Overloaded
 from tests.http_app import PARIS, Client, FakeEngine, Script
 
 EXCHANGES = Path(__file__).parent / "data" / "http"
@@ -58,8 +58,6 @@ SCRIPTS: dict[str, list[Script]] = {
     "an instance fails": [Script(), Script((), error=FAILURE)],
     "two tensors": [Script(), STOPPED],
     "a tensor fails": [Script((), error=FAILURE)],
-    "incomplete": [Script((), error=IncompleteGeneration())],
-    "incomplete behind the first event": [Script(PARIS[:1], error=IncompleteStream())],
     "completion of several prompts": [Script(), Script((Token(7, " Rome", -1.0, False),), reason=FinishReason.LENGTH)],
     "chat that fails behind the first event": [Script(PARIS[:1], error=FAILURE)],
 }

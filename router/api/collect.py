@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 
 from router.api import render
 from router.api.admission import Call, Services, Wish, admitted_together, log_success
-from router.engine import Generation, Token
-from router.errors import IncompleteGeneration
+from router.engine import Finish, Generation, Token
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,14 +40,15 @@ async def _read(generation: Generation, services: Services) -> render.Result:
     tokens: list[Token] = []
     top_tokens: list[Sequence[Token]] = []
     prompt_logprobs: Sequence[float | None] = ()
-    async for event in generation:
+    finish: Finish | None = None
+    for event in await generation.read_all():
         tokens.append(event.token)
         if generation.request.sampling.top_n_tokens:
             top_tokens.append(event.top_tokens)
         prompt_logprobs = event.prompt_logprobs or prompt_logprobs
-        if event.finish is not None:
-            text_of = services.tokenizer.token_text
-            scored = zip(generation.request.prompt, prompt_logprobs, strict=False)
-            prefill = [render.PrefillToken(token_id, text_of(token_id), logprob) for token_id, logprob in scored]
-            return render.Result(generation.request, tokens, top_tokens, prefill, event.finish)
-    raise IncompleteGeneration
+        finish = event.finish
+    assert finish is not None, "the last event says how it ended"
+    text_of = services.tokenizer.token_text
+    scored = zip(generation.request.prompt, prompt_logprobs, strict=False)
+    prefill = [render.PrefillToken(token_id, text_of(token_id), logprob) for token_id, logprob in scored]
+    return render.Result(generation.request, tokens, top_tokens, prefill, finish)

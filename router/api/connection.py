@@ -14,10 +14,12 @@ import asyncio
 import re
 import weakref
 from collections.abc import Mapping
+from functools import partial
 from http import HTTPStatus
 from typing import Any, Final
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from router.api import render
@@ -30,6 +32,9 @@ HEAD_TIMEOUT_S: Final = 5.0
 
 IDLE_TIMEOUT_S: Final = 30.0
 """From a connection's beginning to its first byte. Between requests uvicorn's own, shorter limit holds."""
+
+MAX_PIPELINED: Final = 8
+"""Requests that are read while another one is answered. Only of a client that is read from is known that it leaves."""
 
 HOST: Final = re.compile(rb"[A-Za-z0-9._~!$&'()*+,;=:\[\]%-]*")
 """https://www.rfc-editor.org/rfc/rfc3986#section-3.2: registered names, addresses and ports, without user names."""
@@ -61,6 +66,8 @@ class Connection(HttpToolsProtocol):
         self._refusal = HTTPStatus.BAD_REQUEST
         self._patience: asyncio.TimerHandle | None = None
         """Ends a connection that keeps us waiting."""
+        self._answering: RequestResponseCycle | None = None
+        """The request that is being answered or was last; `cycle` is the one that came last."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -69,6 +76,9 @@ class Connection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
         super().connection_lost(exc)
+        if self._answering is not None and not self._answering.response_complete:
+            self._answering.disconnected = True
+            self._answering.message_event.set()
 
     def _stop_waiting(self) -> None:
         if self._patience is not None:
@@ -138,13 +148,23 @@ class Connection(HttpToolsProtocol):
         if any(value.lower() != b"chunked" for name, value in self.headers if name == b"transfer-encoding"):
             raise RefusedHead
         if not self.parser.should_upgrade():
+            self.expect_100_continue &= self.parser.get_http_version() != "1.0"  # whose clients know one answer only
             super().on_headers_complete()
-            self.scope["extensions"] = {BODY_EXTENSION: {"body": ChunkedBody(weakref.proxy(self.cycle))}}
+            if self.scope["http_version"] != "1.0":
+                self.scope["extensions"] = {BODY_EXTENSION: {"body": ChunkedBody(self.cycle)}}
+            if 0 < len(self.pipeline) <= MAX_PIPELINED:
+                self.flow.resume_reading()  # from which uvicorn keeps with the first of them
 
     def on_message_complete(self) -> None:
         self._is_in_trailers = False
         if not self.parser.should_upgrade():
             super().on_message_complete()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._answering = cycle
+        if cycle.scope["http_version"] == "1.0":
+            app = partial(_call_without_chunks, app, cycle)
+        super()._start_asgi_task(cycle, app)
 
     def _refuse(self, status: HTTPStatus) -> None:
         """Ends the connection; an answer that is being written comes first, and nothing behind it."""
@@ -165,25 +185,42 @@ class Connection(HttpToolsProtocol):
         self.transport.close()
 
 
+async def _call_without_chunks(
+    app: ASGIApp, cycle: RequestResponseCycle, scope: Scope, receive: Receive, send: Send
+) -> None:
+    """uvicorn chunks bodies of unknown length. HTTP/1.0 knows no chunks: they end with the connection."""
+
+    async def send_whole(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            cycle.chunked_encoding = False
+        cycle.expected_content_length = len(message.get("body", b""))
+        await send(message)
+
+    await app(scope, receive, send_whole)
+
+
 class ChunkedBody:
     """The `Body` of an answer whose head uvicorn has written, without a content-length, and whose end it will write;
     neither is written if the client has left."""
 
-    __slots__ = ("_cycle",)
+    __slots__ = ("_cycle", "_flow", "_transport")
 
     def __init__(self, cycle: RequestResponseCycle) -> None:
-        self._cycle = cycle
+        self._cycle: RequestResponseCycle = weakref.proxy(cycle)
+        """Holds this body, by its scope."""
+        self._flow = cycle.flow
+        self._transport = cycle.transport
 
     @property
     def is_full(self) -> bool:
-        return self._cycle.flow.write_paused and not self._cycle.disconnected
+        return self._flow.write_paused and not self._cycle.disconnected
 
     def write(self, data: bytes) -> None:
         cycle = self._cycle
         if cycle.disconnected:
             return
         assert cycle.chunked_encoding, "the head says something else"
-        cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        self._transport.write(b"%x\r\n%b\r\n" % (len(data), data))
 
     async def drain(self) -> None:
-        await self._cycle.flow.drain()
+        await self._flow.drain()

@@ -22,9 +22,11 @@ from router.api.openai_bodies import ChatRequest
 from router.api.openai_logprobs import chat_logprobs
 from router.api.openai_run import (
     JSON_TYPE,
+    PLACE,
     Choice,
     ChoiceText,
     Envelope,
+    FrameOfText,
     Json,
     Usage,
     admit,
@@ -69,6 +71,11 @@ class ChatDelta:
 
     def __bool__(self) -> bool:
         return bool(self.content or self.reasoning or self.calls)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is content and nothing else."""
+        return bool(self.content) and not (self.reasoning or self.calls)
 
 
 class ChatReader:
@@ -326,29 +333,38 @@ class _StreamWriter:
         self._usage = Usage()
         self._readers: list[ChatReader] = []
         self._begun: list[bool] = []
+        self._frames: list[FrameOfText] = []
+        """Of each choice's tokens that have nothing to tell but a part of the content."""
+        self._tells_more = bool(body.logprobs or body.continuous_usage)
 
     def begin(self, calls: Sequence[Call], choices: Sequence[Choice]) -> Iterable[Json]:
         self._usage = Usage.begin(calls)
         self._readers = [ChatReader(self._reading) for _ in choices]
         self._begun = [False] * len(choices)
+        plain = ChatDelta(PLACE)
+        self._frames = [FrameOfText(self._chunk(choice, _delta(plain, alone=False), None, None)) for choice in choices]
         return ()
 
-    def write(self, choice: Choice, event: TokenEvent) -> Iterator[Json]:
+    def write(self, choice: Choice, event: TokenEvent) -> Iterator[Json | bytes]:
         """Nothing for a token whose text is held back, unless there is more to say of it than its text."""
         self._usage.num_completion += 1
         reader, begun = self._readers[choice.index], self._begun[choice.index]
         delta = reader.read(event)
-        if begun and not delta and event.finish is None and not self._body.logprobs:
-            return
-        self._begun[choice.index] = True
-        written = {
-            "index": choice.index,
-            "delta": ({} if begun else {"role": "assistant"}) | _delta(delta, alone=not begun),
-            "logprobs": chat_logprobs(self._services.tokenizer, [event]) if self._body.logprobs else None,
-            "finish_reason": finish_reason(choice, event, has_calls=reader.has_calls),
-        }
+        is_between = begun and event.finish is None
+        is_plain = is_between and delta.is_plain and not self._tells_more
+        framed = self._frames[choice.index].frame(delta.content) if is_plain else None
+        if framed is not None:
+            yield framed
+        elif delta or not is_between or self._body.logprobs:
+            self._begun[choice.index] = True
+            written = ({} if begun else {"role": "assistant"}) | _delta(delta, alone=not begun)
+            logprobs = chat_logprobs(self._services.tokenizer, [event]) if self._body.logprobs else None
+            yield self._chunk(choice, written, logprobs, finish_reason(choice, event, has_calls=reader.has_calls))
+
+    def _chunk(self, choice: Choice, delta: Json, logprobs: Json | None, reason: str | None) -> Json:
+        written = {"index": choice.index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
         usage = self._usage.to_json() if self._body.continuous_usage else None
-        yield {**self._envelope, "choices": [written], "usage": usage}
+        return {**self._envelope, "choices": [written], "usage": usage}
 
     def end(self) -> Iterator[Json]:
         if self._body.include_usage:

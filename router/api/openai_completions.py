@@ -16,9 +16,11 @@ from router.api.admission import Call, Services, Wish
 from router.api.openai_bodies import NO_CONFIG, CompletionRequest
 from router.api.openai_logprobs import CompletionLogprobs, Scored, prompt_scores, token_scores, written_out
 from router.api.openai_run import (
+    PLACE,
     Choice,
     ChoiceText,
     Envelope,
+    FrameOfText,
     Json,
     Usage,
     admit,
@@ -184,24 +186,37 @@ class _StreamWriter:
         self._usage = Usage()
         self._texts: list[ChoiceText] = []
         self._writers: list[_ChoiceWriter] = []
+        self._frames: list[FrameOfText] = []
+        """Of each choice's tokens that have nothing to tell but their text."""
+        self._are_plain = ask.num_top is None and not (ask.echo or body.continuous_usage)
+        """Whether that is all of them but the last."""
 
     def begin(self, calls: Sequence[Call], choices: Sequence[Choice]) -> Iterable[Json]:
         self._usage = Usage.begin(calls)
         self._texts = [ChoiceText() for _ in choices]
         self._writers = [_ChoiceWriter(self._services, self._ask, choice.call) for choice in choices]
+        plain = {"text": PLACE, "logprobs": None, "finish_reason": None}
+        self._frames = [FrameOfText(self._chunk(choice, plain)) for choice in choices]
         return ()
 
-    def write(self, choice: Choice, event: TokenEvent) -> Iterator[Json]:
-        text, scores = self._texts[choice.index].read(event), [token_scores(event)]
+    def write(self, choice: Choice, event: TokenEvent) -> Iterator[Json | bytes]:
+        text = self._texts[choice.index].read(event)
+        self._usage.num_completion += not self._ask.hides_tokens
+        is_plain = self._are_plain and event.finish is None
+        framed = self._frames[choice.index].frame(text) if is_plain else None
+        yield self._full_chunk(choice, event, text) if framed is None else framed
+
+    def _full_chunk(self, choice: Choice, event: TokenEvent, text: str) -> Json:
+        scores = [token_scores(event)]
         if self._ask.hides_tokens:
             text, scores = "", []
-        else:
-            self._usage.num_completion += 1
-        written = self._writers[choice.index].write(text, scores, finish_reason(choice, event), event)
+        return self._chunk(choice, self._writers[choice.index].write(text, scores, finish_reason(choice, event), event))
+
+    def _chunk(self, choice: Choice, written: Json) -> Json:
         chunk = {**self._envelope, "choices": [{"index": choice.index, **written}]}
         if self._body.include_usage:
             chunk["usage"] = self._usage.to_json() if self._body.continuous_usage else None
-        yield chunk
+        return chunk
 
     def end(self) -> Iterator[Json]:
         if self._body.include_usage:

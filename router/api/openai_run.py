@@ -22,10 +22,11 @@ from router.api.sse import EventStream, Frames, frame, unless_gone
 from router.config import VERSION
 from router.core.request import FinishReason
 from router.engine import Generation, TokenEvent
-from router.errors import IncompleteGeneration, RouterError
+from router.errors import RouterError
 
 JSON_TYPE: Final = "application/json"
 DONE: Final = frame(b"[DONE]")
+PLACE: Final = "\0"
 
 Json = Mapping[str, object]
 
@@ -40,13 +41,27 @@ class Choice:
 
 
 class Writer(Protocol):
-    """Turns the events of a call's choices into the payloads of a stream."""
+    """Turns the events of a call's choices into the payloads of a stream, or into whole frames at once."""
 
     def begin(self, calls: Sequence[Call], choices: Sequence[Choice]) -> Iterable[Json]: ...
 
-    def write(self, choice: Choice, event: TokenEvent) -> Iterable[Json]: ...
+    def write(self, choice: Choice, event: TokenEvent) -> Iterable[Json | bytes]: ...
 
     def end(self) -> Iterable[Json]: ...
+
+
+class FrameOfText:
+    """A frame that is the same for every token but for its text, rendered once.
+
+    `payload` has it with `PLACE` for its text.
+    """
+
+    def __init__(self, payload: Json) -> None:
+        self._head, _, self._tail = _frame(payload).rpartition(render.to_bytes(PLACE))
+
+    def frame(self, text: str) -> bytes | None:
+        """None for a text that needs a closer look."""
+        return self._head + render.to_bytes(text) + self._tail if text.isascii() else None
 
 
 @dataclass(slots=True)
@@ -154,10 +169,10 @@ def arriving(choices: Sequence[Choice]) -> Iterator[tuple[Choice, TokenEvent] | 
 
 async def collect(choice: Choice) -> list[TokenEvent]:
     """All events of a choice. Raises the `RouterError` it failed with."""
-    events = [event async for event in choice.generation]
-    if not events or events[-1].finish is None:
-        raise IncompleteGeneration
-    log_success(choice.call, choice.generation, events[-1].finish)
+    events = await choice.generation.read_all()
+    finish = events[-1].finish
+    assert finish is not None, "the last event says how it ended"
+    log_success(choice.call, choice.generation, finish)
     return events
 
 
@@ -190,7 +205,7 @@ def _frames(calls: Sequence[Call], choices: Sequence[Choice], writer: Writer) ->
                 yield None
                 continue
             begun = True
-            yield _frame(payload)
+            yield payload if isinstance(payload, bytes) else _frame(payload)
     except RouterError as error:
         if not begun:
             raise
@@ -204,10 +219,9 @@ def _frame(payload: Json) -> bytes:
     return (b"" if kind is None else f"event: {kind}\n".encode()) + frame(render.to_bytes(payload))
 
 
-def _payloads(calls: Sequence[Call], choices: Sequence[Choice], writer: Writer) -> Iterator[Json | None]:
+def _payloads(calls: Sequence[Call], choices: Sequence[Choice], writer: Writer) -> Iterator[Json | bytes | None]:
     """None stands for as long as there is no new one."""
     yield from writer.begin(calls, choices)
-    num_unfinished = len(choices)
     for arrival in arriving(choices):
         if arrival is None:
             yield None
@@ -215,10 +229,7 @@ def _payloads(calls: Sequence[Call], choices: Sequence[Choice], writer: Writer) 
         choice, event = arrival
         yield from writer.write(choice, event)
         if event.finish is not None:
-            num_unfinished -= 1
             log_success(choice.call, choice.generation, event.finish)
-    if num_unfinished:
-        raise IncompleteGeneration
     yield from writer.end()
 
 

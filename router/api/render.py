@@ -7,7 +7,7 @@ Rust's ryu does (-0.34, -2.5839844, 1e-7). Python would print the float64 with t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from struct import pack
 from typing import Final
@@ -15,18 +15,26 @@ from typing import Final
 import orjson
 
 from router.core.request import Request
-from router.engine import Finish, Token
+from router.engine import Finish, Token, TokenEvent
 from router.errors import RouterError
 from router.text.tokenizer import TextToken
 
 FEWEST_DIGITS: Final = ("%.6g", "%.7g", "%.8g")
 """A float32 keeps 6 digits, and 9 always name it."""
-MIN_PLAIN: Final = 1e-4
-MAX_PLAIN: Final = 1e12
-"""Between them orjson lays out a float64 as ryu does a float32."""
+MIN_PLAIN: Final = 2.0**-13
+MAX_PLAIN: Final = 2.0**9
+"""Between them orjson lays out a float64 as ryu does a float32, and its product with any of the scales is exact."""
+SCALES: Final[Mapping[int, float]] = {
+    exponent: 10.0 ** (5 - math.floor(math.log10(math.nextafter(2.0**exponent, 0.0)))) for exponent in range(-12, 10)
+}
+"""By a number's binary exponent (`math.frexp`): multiplied by it, it has at most 6 digits before the point."""
 TOKENS_PER_SLICE: Final = 1_000
 
 Json = dict[str, object]
+
+EVENT: Final = (
+    b'{"index":%d,"token":{"id":%d,"text":%b,"logprob":%b,"special":%b},"generated_text":null,"details":null}'
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +103,19 @@ def _top_tokens(result: Result) -> Json:
     return {"top_tokens": [[token(t) for t in tops] for tops in result.top_tokens]} if result.top_tokens else {}
 
 
-def stream_event(index: int, token_: Token, top_tokens: Sequence[Token]) -> Json:
-    """A StreamResponse before the last one; the last one's two fields are replaced by `stream_end`."""
-    if not top_tokens:
-        return {"index": index, "token": token(token_), "generated_text": None, "details": None}
-    tops = [token(t) for t in top_tokens]
-    return {"index": index, "token": token(token_), "top_tokens": tops, "generated_text": None, "details": None}
+def stream_event(index: int, token_: Token) -> bytes:
+    """A StreamResponse that is not the last one and has no likeliest tokens. This runs for every token."""
+    text, logprob = to_bytes(token_.text), to_bytes(float32(token_.logprob))
+    special = b"true" if token_.special else b"false"
+    return EVENT % (index, token_.id, text, logprob, special)
+
+
+def full_stream_event(event: TokenEvent, end: Json | None) -> Json:
+    """Any StreamResponse; `end` is the last one's `stream_end`."""
+    body: Json = {"index": event.index, "token": token(event.token)}
+    if event.top_tokens:
+        body["top_tokens"] = [token(t) for t in event.top_tokens]
+    return body | (end or {"generated_text": None, "details": None})
 
 
 def stream_end(request: Request, finish: Finish, *, prefix: str, details: bool) -> Json:
@@ -139,10 +154,10 @@ def _seed(request: Request) -> int | None:
 
 def float32(value: float | None) -> float | orjson.Fragment | None:
     """JSON for a float32; null for what is none, infinite or not a number."""
+    if value is not None and MIN_PLAIN <= abs(value) < MAX_PLAIN:
+        return _shortest_plain(value)
     if value is None or not math.isfinite(value):
         return None
-    if MIN_PLAIN <= abs(value) < MAX_PLAIN:
-        return _shortest(value)
     return orjson.Fragment(format_float32(value))
 
 
@@ -155,13 +170,22 @@ def format_float32(value: float) -> str:
 
 
 def _shortest(value: float) -> float:
-    """The number of fewest digits that is the same float32. Runs for every token."""
+    """The number of fewest digits that is the same float32."""
     packed = pack("<f", value)
     for digits in FEWEST_DIGITS:
         shorter = float(digits % value)
         if pack("<f", shorter) == packed:
             return shorter
     return float(f"{value:.9g}")
+
+
+def _shortest_plain(value: float) -> float:
+    """The same of a number that is neither small nor large, in half the time: this runs for every token."""
+    packed = pack("<f", value)
+    scale = SCALES[math.frexp(value)[1]]
+    while pack("<f", shorter := round(value * scale) / scale) != packed:
+        scale *= 10.0
+    return shorter
 
 
 def _lay_out(digits: str, point: int) -> str:

@@ -152,15 +152,16 @@ class EventStream(Response):
         outcome: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
 
         def pour() -> None:
+            if outcome.done():
+                return
             try:
-                while not outcome.done():
+                for data in self._frames:
+                    if data is None:
+                        return
+                    body.write(data)
                     if body.is_full:
                         outcome.set_result(False)
-                    elif (data := next(self._frames)) is None:
                         return
-                    else:
-                        body.write(data)
-            except StopIteration:
                 outcome.set_result(True)
             except Exception as error:
                 outcome.set_exception(error)

@@ -30,7 +30,8 @@ from router.api.schemas import (
     TokenizePromptRequest,
 )
 from router.api.sse import EventStream, Frames, frame, unless_gone
-from router.errors import IncompleteStream, RouterError
+from router.engine import TokenEvent
+from router.errors import RouterError
 from router.validate import Parameters, is_repeatable
 
 JSON_TYPE: Final = "application/json"
@@ -176,20 +177,24 @@ def _frames(call: Call, ask: _Ask) -> Frames:
             if event is None:
                 yield None
                 continue
-            body = render.stream_event(event.index, event.token, event.top_tokens)
-            if event.finish is not None:
-                log_success(call, generation, event.finish)
-                details = ask.parameters.details
-                body |= render.stream_end(generation.request, event.finish, prefix=ask.prefix, details=details)
             begun = True
-            yield frame(render.to_bytes(body))
-            if event.finish is not None:
-                return
-        raise IncompleteStream
+            if event.finish is None and not event.top_tokens:
+                yield frame(render.stream_event(event.index, event.token))
+            else:
+                yield frame(_full_event(call, ask, event))
     except RouterError as error:
         if not begun:
             raise
         yield frame(render.to_bytes(render.error(error)))
+
+
+def _full_event(call: Call, ask: _Ask, event: TokenEvent) -> bytes:
+    end = None
+    if event.finish is not None:
+        generation, details = call.generations[0], ask.parameters.details
+        log_success(call, generation, event.finish)
+        end = render.stream_end(generation.request, event.finish, prefix=ask.prefix, details=details)
+    return render.to_bytes(render.full_stream_event(event, end))
 
 
 def _compute_headers(services: Services, ask: _Ask) -> dict[str, str]:

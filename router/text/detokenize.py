@@ -19,24 +19,24 @@ MAX_CHAR_BYTES: Final = 4
 class Detokenizer:
     """The text behind one prompt. A leading space is kept, since the prompt's last token stands before it."""
 
-    __slots__ = ("_begun", "_bytes_of")
+    __slots__ = ("_bytes_of", "begun")
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
         self._bytes_of = tokenizer.bytes_of
-        self._begun = b""
+        self.begun = b""
         """Of a character that is not complete."""
         for token_id in prompt[-MAX_CHAR_BYTES:]:
             self.push(token_id)
 
     def push(self, token_id: int) -> str:
         """The text that has become certain; empty inside a character and for special tokens."""
-        new = self._begun + self._bytes_of(token_id)
+        new = self.begun + self._bytes_of(token_id)
         text, num_decoded = utf_8_decode(new, "replace", False)
-        self._begun = new[num_decoded:]
+        self.begun = new[num_decoded:]
         return text
 
     def flush(self) -> str:
         """U+FFFD for what is left of a character that will not be completed."""
-        text, _ = utf_8_decode(self._begun, "replace", True)
-        self._begun = b""
+        text, _ = utf_8_decode(self.begun, "replace", True)
+        self.begun = b""
         return text

@@ -32,10 +32,14 @@ class OutputText:
     what waited for a decision goes to `text` alone.
     """
 
-    __slots__ = ("_detokenizer", "_keep_stop", "_matcher", "_num_shown", "_pending", "_shown", "_stop", "_tokenizer")
+    __slots__ = (
+        *("_detokenizer", "_keep_stop", "_matcher", "_num_shown"),
+        *("_pending", "_shown", "_stop", "_tokenizer", "_whole_texts"),
+    )
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: tuple[str, ...], keep_stop: bool) -> None:
         self._tokenizer = tokenizer
+        self._whole_texts = tokenizer.whole_texts
         self._detokenizer = Detokenizer(tokenizer, prompt)
         self._stop = stop
         self._keep_stop = keep_stop
@@ -51,12 +55,17 @@ class OutputText:
 
     def push(self, token_id: int, *, last: bool) -> Piece:
         """Takes the next token; `last`: the sequence ends with it whatever the text says."""
+        if not (self._stop or last or self._detokenizer.begun):  # as nearly always: nothing can end here, nothing waits
+            text = self._whole_texts[token_id]
+            if text:
+                self._shown.append(text)
+                return Piece(text, False, False)
+        return self._push(token_id, last)
+
+    def _push(self, token_id: int, last: bool) -> Piece:
         if self._tokenizer.is_special(token_id):
             return self._push_special(token_id, last)
         new = self._detokenizer.push(token_id)
-        if not (self._stop or last):  # as nearly always: nothing can end here, and nothing waits
-            self._shown.append(new)
-            return Piece(new, special=False, stopped=False)
         stopped = self._append(new)
         if last and not stopped:
             stopped = self._append(self._detokenizer.flush())

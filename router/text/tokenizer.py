@@ -66,6 +66,8 @@ class Tokenizer:
         self._pool = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="tokenizer")
         self._decoders = _decoder_names(fast)
         self._bytes: dict[int, bytes] = {}
+        self.whole_texts: Mapping[int, str | None] = _WholeTexts(self.bytes_of)
+        """What a token adds to a text that ends with a whole character; None for one with parts of characters."""
         self._byte_of_char = _byte_level_alphabet()
         self._context = _plain_token(fast, special_ids)
         self._marker_ids = _marker_ids(fast)
@@ -179,6 +181,22 @@ class Tokenizer:
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+class _WholeTexts(dict[int, str | None]):
+    """Filled as it is asked."""
+
+    def __init__(self, bytes_of: Callable[[int], bytes]) -> None:
+        super().__init__()
+        self._bytes_of = bytes_of
+
+    def __missing__(self, token_id: int) -> str | None:
+        try:
+            text = self._bytes_of(token_id).decode()
+        except UnicodeDecodeError:
+            text = None
+        self[token_id] = text
+        return text
 
 
 def _byte_level_alphabet() -> dict[str, int]:
