@@ -27,10 +27,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from shard.config import DEFAULT_MODEL_ID
 from shard.errors import LoadError
 from shard.parent import end_with
-
-DEFAULT_MODEL_ID: Final = "smollm2-135m-instruct"
 
 # A name that is wrong has to be reported while its author still looks at the terminal.
 _HUB_TIMEOUT_S: Final = 5.0

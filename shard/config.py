@@ -8,6 +8,7 @@ from dataclasses import Field, dataclass, field, fields
 from typing import Any, Final, NoReturn, TypeVar
 
 ENV_PREFIX: Final = "SHARDSTREAM_"
+DEFAULT_MODEL_ID: Final = "smollm2-135m-instruct"
 DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
 DEVICES: Final = ("auto", "cpu", "cuda")
 QUANTIZE: Final = ("none", "bf16", "int8", "int4")
@@ -25,7 +26,7 @@ def _option(default: T, help_: str, choices: tuple[str, ...] | None = None) -> T
 class ShardConfig:
     """One rank's settings; every field is a flag, and `SHARDSTREAM_<FIELD>` in the environment."""
 
-    model_id: str = _option("smollm2-135m-instruct", "folder, hub id, or the bundled smollm2-135m-instruct")
+    model_id: str = _option(DEFAULT_MODEL_ID, f"folder, hub id, or the bundled {DEFAULT_MODEL_ID}")
     revision: str = _option("", "hub revision")
     rank: int = _option(0, "index of this process in its group")
     world_size: int = _option(1, "processes in the group")

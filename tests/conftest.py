@@ -11,15 +11,19 @@ from pathlib import Path
 import pytest
 
 from router.config import ENV_PREFIX, Config
+from router.group import client
 from router.text import chat, grammar_compiler
 from tests.server import PATIENCE_S
 
+COLOURS = {"FORCE_COLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE", "TTY_INTERACTIVE"}
+
 
 def forget_the_surroundings() -> None:
-    """Settings of whoever runs the tests: the server's own, proxies that would be asked for 127.0.0.1, and the hub's,
-    which would make tests depend on the weather. Before anything imports huggingface_hub, which reads them once."""
+    """Settings of whoever runs the tests: the server's own, proxies that would be asked for 127.0.0.1, the hub's, which
+    would make tests depend on the weather, and colours for what tests read. Before anything imports huggingface_hub,
+    which reads them once."""
     settings = {ENV_PREFIX + spec.name.upper() for spec in fields(Config)}
-    settings.update(*(spec.metadata["option"].env for spec in fields(Config)))
+    settings.update(COLOURS, *(spec.metadata["option"].env for spec in fields(Config)))
     for name in list(os.environ):
         if name in settings or name.startswith("HF_") or name.lower().endswith("_proxy"):
             del os.environ[name]
@@ -36,6 +40,7 @@ def _patience() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grammar_compiler, "MAX_WAIT_S", PATIENCE_S)
         patch.setattr(chat, "MAX_SECONDS", PATIENCE_S)
+        patch.setattr(client, "GOODBYE_S", PATIENCE_S)
         yield
 
 
@@ -51,9 +56,20 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For tensors so small that handing them out takes longer."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """The directory of the real model, SmolLM2-135M-Instruct in float32 (converted by `make setup`, else now)."""
-    from shard.checkpoint import resolve
+    """The directory of the real model, SmolLM2-135M-Instruct in float32."""
+    from tests.shards import real_model
 
-    return resolve("smollm2-135m-instruct").directory
+    return real_model()

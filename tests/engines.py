@@ -11,8 +11,7 @@ from router.engine import Engine, EngineSettings, Generation, TokenEvent
 from router.group.client import Demands, GroupClient
 from router.metrics import Metrics
 from router.text.tokenizer import Tokenizer
-
-LOAD_S = 120.0
+from tests.server import PATIENCE_S
 
 
 async def nobody_restarts() -> None:
@@ -43,15 +42,14 @@ async def engine_over(
     lookahead: int = 1,
     prefix_caching: bool = True,
     max_drafts: int = 0,
-    step_timeout_s: float = 120.0,
     metrics: Metrics | None = None,
     restart: Callable[[], Awaitable[None]] = nobody_restarts,
 ) -> AsyncIterator[Engine]:
     """Leaves the shards ready for the next epoch."""
     demands = Demands(max_seats, max_step_tokens, max_kv_tokens)
     client = GroupClient(addresses, demands)
-    await client.connect(find_s=LOAD_S, load_s=LOAD_S)
-    settings = EngineSettings(lookahead, step_timeout_s, LOAD_S, LOAD_S, prefix_caching, max_drafts)
+    await client.connect(find_s=PATIENCE_S, load_s=PATIENCE_S)
+    settings = EngineSettings(lookahead, PATIENCE_S, PATIENCE_S, PATIENCE_S, prefix_caching, max_drafts)
     metrics = metrics or Metrics(max_input_tokens=1000, max_total_tokens=1000)
     engine = Engine(client, tokenizer, metrics, settings, prefix_seed=b"test", supervisor=Restarter(restart))
     loop = asyncio.create_task(engine.run())

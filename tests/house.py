@@ -1,6 +1,6 @@
 """A scheduler and a ghost under one roof, with the real codec between them.
 
-`House` is the smallest engine: it keeps up to `depth` plans outstanding, runs each on a ghost at once and commits the
+`House` is the smallest engine: it keeps up to `depth` steps outstanding, runs each on a ghost at once and commits the
 answer later, which is what a pipeline looks like to the scheduler. It knows every sequence's right tokens and compares
 each emission with them.
 """
@@ -34,7 +34,7 @@ class Expected:
 
 
 class House:
-    """A scheduler and a ghost with at most `depth` plans outstanding between them."""
+    """A scheduler and a ghost between which plans are sent as long as fewer than `depth` steps are outstanding."""
 
     def __init__(
         self,
@@ -44,14 +44,16 @@ class House:
         prefix_caching: bool = True,
         max_drafts: int = 0,
         max_prompt_tokens: int | None = None,
+        max_repeats: int = 0,
     ) -> None:
         self.scheduler = Scheduler(limits, prefix_seed=b"house", prefix_caching=prefix_caching, max_drafts=max_drafts)
         self.depth = depth
         self.max_prompt_tokens = max_prompt_tokens
+        self.max_repeats = max_repeats
         self.expected: dict[Sequence, Expected] = {}
         self.plans: list[StepPlan] = []
         self.emissions: list[Emission] = []
-        self._answers: deque[tuple[StepPlan, pb.StepOutput]] = deque()
+        self._answers: deque[tuple[StepPlan, int, pb.StepOutput]] = deque()  # a plan, which repeat of it, its answer
         self._start_ghost()
 
     def _start_ghost(self) -> None:
@@ -79,16 +81,17 @@ class House:
             pass
 
     def send(self) -> StepPlan | None:
-        """Plans one step and lets the ghost run it; its answer is on the way."""
-        plan = self.scheduler.plan(self.max_prompt_tokens)
+        """Plans a step, and perhaps repeats, and lets the ghost run them; the answers are on the way."""
+        plan = self.scheduler.plan(self.max_prompt_tokens, self.max_repeats)
         if plan is not None:
             self.plans.append(plan)
-            self._answers.append((plan, self.ghost.run(encode_plan(plan))))
+            answers = self.ghost.run_steps(encode_plan(plan))
+            self._answers.extend((plan, repeat, answer) for repeat, answer in enumerate(answers))
         return plan
 
     def receive(self) -> list[Emission]:
-        plan, answer = self._answers.popleft()
-        emissions = self.scheduler.commit(decode_output(answer, plan, VOCAB_SIZE))
+        plan, repeat, answer = self._answers.popleft()
+        emissions = self.scheduler.commit(decode_output(answer, plan, VOCAB_SIZE, repeat=repeat))
         for emission in emissions:
             self._check(emission)
         self.emissions += emissions
@@ -119,8 +122,12 @@ class House:
         self.scheduler.cancel(sequence)
         self.expected[sequence].ended = True
 
+    def is_amid_repeats(self) -> bool:
+        """Whether a plan's first step was answered, and not all of its repeats."""
+        return bool(self._answers) and self._answers[0][1] > 0
+
     def seats_in_flight(self) -> set[int]:
-        return {row.seat for plan, _ in self._answers for row in plan.rows}
+        return {row.seat for plan, _, _ in self._answers for row in plan.rows}
 
     def _check(self, emission: Emission) -> None:
         sequence, expected = emission.sequence, self.expected[emission.sequence]

@@ -12,6 +12,7 @@ from torch import Tensor
 from shard.distributed import RankGroup, connect
 from shard.model import load_model
 from tests.paged_runs import PagedRun
+from tests.server import PATIENCE_S
 
 CPU = torch.device("cpu")
 
@@ -24,7 +25,7 @@ def prompts(vocab_size: int) -> list[Tensor]:
 def run_rank(rank: int, world_size: int, folder: Path, checkpoints: Sequence[Path]) -> None:
     """Runs every checkpoint through the group. Writes `{name}.{rank}.pt` into `folder`: logits, or an error's text."""
     torch.set_num_threads(1)
-    group = connect(rank, world_size, str(folder / "store"), CPU, timeout_s=60)
+    group = connect(rank, world_size, str(folder / "store"), CPU, timeout_s=PATIENCE_S)
     told = torch.full((3,), rank)
     group.broadcast(told)
     torch.save(told, folder / f"told.{rank}.pt")

@@ -18,6 +18,13 @@ from typing import IO
 READY = re.compile(r"^Ready at (http://\S+)$", re.MULTILINE)
 PATIENCE_S = 120.0
 """What nothing takes unless it is broken, on whatever machine. No test is slower for it."""
+PATIENT = (
+    "from router.text import chat, grammar_compiler\n"
+    f"grammar_compiler.MAX_WAIT_S = chat.MAX_SECONDS = {PATIENCE_S}\n"
+    "from router.__main__ import main\n"
+    "main()"
+)
+"""For clients that are not prepared to be told that the machine is busy."""
 WITHOUT_TORCH = (
     "import sys; sys.modules['torch'] = sys.modules['transformers'] = None; from router.__main__ import main; main()"
 )

@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from shard.checkpoint import resolve
+from shard.config import DEFAULT_MODEL_ID
 
 
 def real_model() -> Path:
-    """The bundled model's directory, converted if this is the first time."""
-    return resolve("smollm2-135m-instruct").directory
+    """The bundled model's directory (converted by `make setup`, else now)."""
+    return resolve(DEFAULT_MODEL_ID).directory
 
 
 class ShardProcesses:

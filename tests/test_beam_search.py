@@ -25,7 +25,8 @@ from router.validate import Capacity, Limits, Validator
 from tests.engines import collect, engine_over, greedy
 from tests.ghost import Fault, FaultKind, GhostGroup, GhostSettings, ghost_group, likeliest, oracle_prompt_logprobs
 from tests.http_app import Json
-from tests.shards import ShardProcesses, real_model, shard_processes
+from tests.server import PATIENCE_S
+from tests.shards import ShardProcesses, shard_processes
 from tests.tiny_tokenizers import byte_level, tokenizer_of
 
 TOKENIZER = tokenizer_of(byte_level())
@@ -59,11 +60,9 @@ def over_ghosts(
 
 
 async def wait_until(condition: Callable[[], bool]) -> None:
-    for _ in range(10_000):
-        if condition():
-            return
-        await asyncio.sleep(0.001)
-    raise AssertionError("in vain")
+    async with asyncio.timeout(PATIENCE_S):
+        while not condition():  # noqa: ASYNC110  what is waited for has no event
+            await asyncio.sleep(0.001)
 
 
 def expected_winner(prompt: list[int] = PROMPT, ends: tuple[int, ...] = (), beams: BeamSettings = BEAMS) -> Beam:
@@ -355,19 +354,14 @@ REAL_NUM_NEW = 16
 
 
 @pytest.fixture(scope="module")
-def directory() -> Path:
-    return real_model()
-
-
-@pytest.fixture(scope="module")
-def shards(directory: Path) -> Iterator[ShardProcesses]:
-    with shard_processes(directory, 1, "--dtype", "float32") as running:
+def shards(smollm2: Path) -> Iterator[ShardProcesses]:
+    with shard_processes(smollm2, 1, "--dtype", "float32") as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def causal_lm(directory: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+def causal_lm(smollm2: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
 
 
 @pytest.mark.parametrize(
@@ -376,9 +370,9 @@ def causal_lm(directory: Path) -> PreTrainedModel:
     ids=["usual", "no penalty, early", "long, never"],
 )
 def test_the_winner_is_transformers(
-    shards: ShardProcesses, directory: Path, causal_lm: PreTrainedModel, beams: BeamSettings
+    shards: ShardProcesses, smollm2: Path, causal_lm: PreTrainedModel, beams: BeamSettings
 ) -> None:
-    tokenizer = Tokenizer.load(directory)
+    tokenizer = Tokenizer.load(smollm2)
     prompts = [tokenizer.encode(subject.text) for subject in SUBJECTS]
     ends = tuple(causal_lm.generation_config.eos_token_id)
     requests = [greedy(prompt, REAL_NUM_NEW, beams=beams, eos_token_ids=ends) for prompt in prompts]

@@ -21,7 +21,8 @@ from tokenizers import Tokenizer
 
 import shard.checkpoint
 import shard.smollm2
-from shard.checkpoint import DEFAULT_MODEL_ID, Checkpoint, resolve
+from shard.checkpoint import Checkpoint, resolve
+from shard.config import DEFAULT_MODEL_ID
 from shard.errors import LoadError
 from tests.fake_hub import COMMIT, MODEL_ID, FakeHub, serve
 

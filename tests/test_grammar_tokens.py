@@ -21,7 +21,7 @@ from router.launch import LaunchSettings, LocalGroup
 from router.text.grammar import Grammar, GrammarKind, to_source
 from router.text.tokenizer import Tokenizer
 from tests.engines import collect, engine_over
-from tests.shards import ShardProcesses, real_model, shard_processes
+from tests.shards import ShardProcesses, shard_processes
 
 EOS = 2
 HOT = Sampling(do_sample=True, temperature=1.5)
@@ -46,18 +46,13 @@ DRAWN = (HOT, replace(HOT, seed=1, top_k=20), replace(HOT, seed=2, frequency_pen
 
 
 @pytest.fixture(scope="module")
-def model() -> Path:
-    return real_model()
+def tokenizer(smollm2: Path) -> Tokenizer:
+    return Tokenizer.load(smollm2)
 
 
 @pytest.fixture(scope="module")
-def tokenizer(model: Path) -> Tokenizer:
-    return Tokenizer.load(model)
-
-
-@pytest.fixture(scope="module")
-def shards(model: Path) -> Iterator[ShardProcesses]:
-    with shard_processes(model, 1, "--dtype", "float32") as running:
+def shards(smollm2: Path) -> Iterator[ShardProcesses]:
+    with shard_processes(smollm2, 1, "--dtype", "float32") as running:
         yield running
 
 
@@ -184,9 +179,9 @@ def test_a_stop_string_ends_an_answer_within_a_forced_run(
     assert ids(events) == ids(answers[0])[: len(events)]
 
 
-def test_two_ranks_answer_as_one(model: Path, tokenizer: Tokenizer, answers: list[list[TokenEvent]]) -> None:
+def test_two_ranks_answer_as_one(smollm2: Path, tokenizer: Tokenizer, answers: list[list[TokenEvent]]) -> None:
     """Draws at a high temperature may differ: logits do, in the sixth digit."""
-    with shard_processes(model, 2, "--dtype", "float32") as two:
+    with shard_processes(smollm2, 2, "--dtype", "float32") as two:
         events, _ = run(two, tokenizer)
 
     assert_same(events[: len(GREEDY)], answers[: len(GREEDY)])
@@ -194,9 +189,9 @@ def test_two_ranks_answer_as_one(model: Path, tokenizer: Tokenizer, answers: lis
         assert jsonschema_rs.is_valid(SCHEMA, json.loads(text_of(document)))
 
 
-def test_a_killed_rank_changes_no_answer(model: Path, tokenizer: Tokenizer, answers: list[list[TokenEvent]]) -> None:
+def test_a_killed_rank_changes_no_answer(smollm2: Path, tokenizer: Tokenizer, answers: list[list[TokenEvent]]) -> None:
     async def answer() -> list[list[TokenEvent]]:
-        settings = LaunchSettings(model, 1, flags=("--dtype", "float32"))
+        settings = LaunchSettings(smollm2, 1, flags=("--dtype", "float32"))
         group = LocalGroup(settings, on_progress=lambda rank, done, total: None)
         await group.start()
         try:

@@ -13,6 +13,7 @@ import pytest
 
 from proto import shard_pb2 as pb
 from shard.server import Plans, ShardServicer, Waiting, run_plans
+from tests.clock import Clock
 from tests.server import PATIENCE_S
 
 
@@ -36,6 +37,10 @@ class Steps:
     def prepare(self, plan: pb.StepPlan, arrived_at: float) -> int:
         self._note(f"prepare {plan.step}")
         return plan.step
+
+    def prepare_repeat(self, last: int) -> int:
+        self._note(f"repeat {last + 1}")
+        return last + 1
 
     def run(self, step: int) -> pb.FromShard:
         self._note(f"run {step}")
@@ -90,6 +95,28 @@ def test_an_answer_is_handed_over_at_once_when_no_plan_waits() -> None:
     assert late.events == ["prepare 1", "run 1", "answer 1", "prepare 2", "run 2", "answer 2", "end"]
 
 
+def test_the_steps_of_a_plan_are_answered_one_by_one() -> None:
+    steps = Steps()
+    steps.plans.put((pb.StepPlan(step=0, num_repeats=2), 0.0))
+
+    run_plans(steps, steps.plans, steps.take)  # type: ignore[arg-type]
+
+    first = ["prepare 0", "run 0", "repeat 1", "answer 0", "run 1", "repeat 2", "answer 1", "run 2"]
+    assert steps.events == [*first, "answer 2", "end"]
+
+
+@pytest.mark.parametrize("fails_at", ["repeat 1", "run 1"])
+def test_an_answer_that_waits_is_not_lost_with_the_repeat_of_its_step(fails_at: str) -> None:
+    steps = Steps(fails_at=fails_at)
+    steps.plans.put((pb.StepPlan(step=0, num_repeats=2), 0.0))
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run_plans(steps, steps.plans, steps.take)  # type: ignore[arg-type]
+
+    assert [event for event in steps.events if event.startswith("answer")] == ["answer 0"]
+    assert steps.events[-1] == "end"
+
+
 @pytest.mark.parametrize("fails_at", ["prepare 2", "run 2"])
 def test_an_answer_that_waits_is_not_lost_with_the_next_step(fails_at: str) -> None:
     steps = with_plans(Steps(fails_at=fails_at), 1, 2, 3)
@@ -107,9 +134,10 @@ def test_an_answer_that_waits_is_not_lost_with_the_next_step(fails_at: str) -> N
 class Stream:
     """A router that sends some plans, then says Bye or leaves its stream open."""
 
-    def __init__(self, num_plans: int, *, says_bye: bool) -> None:
+    def __init__(self, num_plans: int, *, says_bye: bool, num_repeats: int = 0) -> None:
         self._incoming = [pb.ToShard(hello=pb.Hello(epoch=1))]
-        self._incoming += [pb.ToShard(plan=pb.StepPlan(step=step)) for step in range(1, num_plans + 1)]
+        firsts = range(1, 1 + num_plans * (1 + num_repeats), 1 + num_repeats)
+        self._incoming += [pb.ToShard(plan=pb.StepPlan(step=step, num_repeats=num_repeats)) for step in firsts]
         if says_bye:
             self._incoming.append(pb.ToShard(bye=pb.Bye()))
         self.answers: list[pb.FromShard] = []
@@ -123,14 +151,17 @@ class Stream:
         self.answers.append(answer)
 
 
-def served(worker: object, stream: Stream, monkeypatch: pytest.MonkeyPatch, step_timeout_s: float = PATIENCE_S) -> bool:
+STEP_TIMEOUT_S = 60.0
+
+
+def served(worker: object, stream: Stream, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Serves an epoch on that stream. Returns whether the process would have ended."""
     ended: list[int] = []
     monkeypatch.setattr("shard.server.os._exit", ended.append)
     monkeypatch.setattr("shard.server.LAST_WORDS_S", 0.0)
 
     async def serve() -> None:
-        servicer = ShardServicer(thread, step_timeout_s)
+        servicer = ShardServicer(thread, STEP_TIMEOUT_S)
         servicer.serve(worker)  # type: ignore[arg-type]
         servicer._epoch = 1
         await asyncio.wait_for(servicer.Execute(None, stream), PATIENCE_S)
@@ -143,11 +174,13 @@ def served(worker: object, stream: Stream, monkeypatch: pytest.MonkeyPatch, step
 
 def test_all_plans_before_a_goodbye_are_answered(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = Stream(20, says_bye=True)
+    repeating = Stream(5, says_bye=True, num_repeats=3)
 
-    has_ended = served(Steps(), stream, monkeypatch)
+    has_ended = served(Steps(), stream, monkeypatch) or served(Steps(), repeating, monkeypatch)
 
     assert not has_ended
-    assert [answer.output.step for answer in stream.answers[1:]] == [*range(1, 21)]
+    for served_stream in (stream, repeating):
+        assert [answer.output.step for answer in served_stream.answers[1:]] == [*range(1, 21)]
 
 
 def test_a_fault_comes_after_the_answers_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,51 +193,60 @@ def test_a_fault_comes_after_the_answers_before_it(monkeypatch: pytest.MonkeyPat
     assert stream.answers[-1].fault.message == "RuntimeError: out of memory"
 
 
-def test_a_step_that_hangs_ends_the_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("num_plans", "num_repeats"), [(5, 0), (1, 4)])
+def test_a_step_that_hangs_ends_the_epoch(monkeypatch: pytest.MonkeyPatch, num_plans: int, num_repeats: int) -> None:
     class Hanging(Steps):
         released = threading.Event()
 
         def run(self, step: int) -> pb.FromShard:
-            if step == 3:
+            if step == 2:
                 self.released.wait(PATIENCE_S)
             return super().run(step)
 
     class Watched(Stream):
         async def write(self, answer: pb.FromShard) -> None:
             await super().write(answer)
+            if answer.output.step == 1:
+                clock.leap(STEP_TIMEOUT_S)
             if answer.HasField("fault"):
                 Hanging.released.set()
 
-    stream = Watched(5, says_bye=False)
+    clock, stream = Clock(), Watched(num_plans, says_bye=False, num_repeats=num_repeats)
+    monkeypatch.setattr("shard.server.time", clock)
 
-    has_ended = served(Hanging(), stream, monkeypatch, step_timeout_s=0.2)
+    has_ended = served(Hanging(), stream, monkeypatch)
 
     assert has_ended
-    assert [answer.output.step for answer in stream.answers[1:-1]] == [1, 2]
-    assert stream.answers[-1].fault.message == "TimeoutError: a step has not ended within 0.2 s"
+    assert [answer.output.step for answer in stream.answers[1:-1]] == [1]
+    assert stream.answers[-1].fault.message == "TimeoutError: a step has not ended within 60 s"
 
 
 def test_a_steps_time_begins_when_the_step_before_it_is_answered() -> None:
     waiting = Waiting()
-    waiting.plan_came(at=1.0)
-    waiting.plan_came(at=2.0)
+    waiting.plan_came(1, at=1.0)
+    waiting.plan_came(3, at=2.0)
     begun_at = waiting.since
 
     before = time.perf_counter()
     waiting.answer_came()
 
     assert begun_at == 1.0
-    assert (waiting.num_plans, waiting.since >= before) == (1, True)
+    assert (waiting.num_steps, waiting.since >= before) == (3, True)
 
 
 def test_an_idle_epoch_does_not_time_out(monkeypatch: pytest.MonkeyPatch) -> None:
     class Idle(Stream):
         async def read(self) -> pb.ToShard:
             if len(self._incoming) == 2:
-                await asyncio.sleep(0.3)
+                while len(self.answers) < 2:  # noqa: ASYNC110  what is waited for has no event
+                    await asyncio.sleep(0.001)
+                clock.leap(STEP_TIMEOUT_S)
+                for _ in range(10):  # for whoever looks at the clock
+                    await asyncio.sleep(0)
             return await super().read()
 
-    stream = Idle(2, says_bye=True)
+    clock, stream = Clock(), Idle(2, says_bye=True)
+    monkeypatch.setattr("shard.server.time", clock)
 
-    assert not served(Steps(), stream, monkeypatch, step_timeout_s=0.1)
+    assert not served(Steps(), stream, monkeypatch)
     assert [answer.output.step for answer in stream.answers[1:]] == [1, 2]

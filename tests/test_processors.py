@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -33,15 +33,9 @@ from shard.processors import (
     truncate,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NO_TOKENS = torch.zeros(1, 0, dtype=torch.int64)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def random_logits(num_rows: int, vocab_size: int, seed: int = 0) -> Tensor:

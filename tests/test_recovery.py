@@ -16,15 +16,9 @@ from router.launch import LaunchSettings, LocalGroup
 from router.metrics import Metrics
 from router.text.tokenizer import Tokenizer
 from tests.engines import collect, engine_over, greedy
-from tests.shards import real_model
 
 NUM_STREAMS = 8
 NUM_NEW = 48
-
-
-@pytest.fixture(scope="module")
-def model() -> Path:
-    return real_model()
 
 
 @contextlib.asynccontextmanager
@@ -51,13 +45,13 @@ def ids(events: list[TokenEvent]) -> list[int]:
 @pytest.mark.parametrize(
     ("world_size", "victim"), [(1, 0), (2, 0), (2, 1)], ids=["the only rank", "rank 0 of 2", "rank 1 of 2"]
 )
-def test_streams_survive_a_killed_rank(model: Path, world_size: int, victim: int) -> None:
-    tokenizer = Tokenizer.load(model)
+def test_streams_survive_a_killed_rank(smollm2: Path, world_size: int, victim: int) -> None:
+    tokenizer = Tokenizer.load(smollm2)
     metrics = Metrics(max_input_tokens=1000, max_total_tokens=1000)
 
     async def run() -> None:
         async with (
-            launched(model, world_size) as group,
+            launched(smollm2, world_size) as group,
             engine_over(group.addresses, tokenizer, metrics=metrics, restart=group.restart) as engine,
         ):
             undisturbed = await asyncio.gather(*map(collect, submit_all(engine, tokenizer)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, replace
 
 import pytest
@@ -33,16 +33,10 @@ from shard.logits import Candidates
 from shard.processors import truncate
 from shard.sampler import Sampled, Sampler, SamplingParams, score
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 EOS = 2
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def make_sampler(vocab_size: int, max_seats: int = 32) -> Sampler:

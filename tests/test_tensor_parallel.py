@@ -18,6 +18,7 @@ from shard.families import PLANS, WHOLE, Plan, Rule
 from shard.model import load_model
 from shard.tensor_parallel import Heads, Sharding, deal, deal_heads
 from tests.rank_process import prompts, run_rank
+from tests.server import PATIENCE_S
 from tests.tiny_models import VOCAB_SIZE, Setting, save_tiny
 
 CPU = torch.device("cpu")
@@ -53,7 +54,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> tuple[
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(timeout=240)
+        process.join(timeout=5 * PATIENCE_S)
         assert process.exitcode == 0
     assert all(not torch.load(folder / f"told.{rank}.pt").any() for rank in range(2)), "rank 0 broadcasts zeros"
     results = {name: [torch.load(folder / f"{name}.{rank}.pt") for rank in range(2)] for name in expected}

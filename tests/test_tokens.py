@@ -21,7 +21,7 @@ from router.core.scheduler import Counters
 from router.engine import Engine, TokenEvent
 from router.text.tokenizer import Tokenizer
 from tests.engines import collect, engine_over, greedy, sampled
-from tests.shards import ShardProcesses, real_model, shard_processes
+from tests.shards import ShardProcesses, shard_processes
 
 NUM_NEW = 64
 LOGPROB_TOLERANCE = 1e-4
@@ -51,20 +51,15 @@ class Reference:
 
 
 @pytest.fixture(scope="module")
-def model() -> Path:
-    return real_model()
+def tokenizer(smollm2: Path) -> Tokenizer:
+    return Tokenizer.load(smollm2)
 
 
 @pytest.fixture(scope="module")
-def tokenizer(model: Path) -> Tokenizer:
-    return Tokenizer.load(model)
-
-
-@pytest.fixture(scope="module")
-def reference(model: Path, tokenizer: Tokenizer) -> Reference:
+def reference(smollm2: Path, tokenizer: Tokenizer) -> Reference:
     """transformers' greedy tokens, and the log-softmax of the logits they were chosen from."""
     prompts = [tokenizer.encode(text) for text in (*SUBJECTS, *(CONTEXT + q for q in QUESTIONS))]
-    causal_lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    causal_lm = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
     causal_lm.generation_config.eos_token_id = None
     causal_lm.generation_config.pad_token_id = 0
     longest = max(map(len, prompts))
@@ -89,8 +84,8 @@ def _prompt_logprobs(causal_lm: PreTrainedModel, ids: torch.Tensor) -> list[floa
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one rank", "two ranks"])
-def shards(request: pytest.FixtureRequest, model: Path) -> Iterator[ShardProcesses]:
-    with shard_processes(model, request.param, "--dtype", "float32") as running:
+def shards(request: pytest.FixtureRequest, smollm2: Path) -> Iterator[ShardProcesses]:
+    with shard_processes(smollm2, request.param, "--dtype", "float32") as running:
         yield running
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,14 +21,11 @@ from shard.model import Model, load_model
 from shard.weights import open_checkpoint, read_header
 from tests.tiny_models import save_tiny, tiny_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 
 Header = dict[str, dict[str, object]]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def load(directory: Path, on_progress: Callable[[int, int], None] = lambda done, total: None) -> Model:
@@ -218,11 +216,18 @@ def test_pickled_weights_are_refused(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+@contextlib.contextmanager
+def weights_of(directory: Path) -> Iterator[dict[str, Tensor]]:
+    """Written back with what is done to them."""
+    stored = load_file(directory / "model.safetensors")
+    yield stored
+    save_file(stored, directory / "model.safetensors")
+
+
 def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
     save_tiny(tmp_path, "llama")
-    stored = load_file(tmp_path / "model.safetensors")
-    del stored["model.layers.1.mlp.up_proj.weight"]
-    save_file(stored, tmp_path / "model.safetensors")
+    with weights_of(tmp_path) as stored:
+        del stored["model.layers.1.mlp.up_proj.weight"]
 
     with pytest.raises(LoadError, match=r"holds no model\.layers\.1\.mlp\.up_proj\.weight"):
         load(tmp_path)
@@ -230,9 +235,8 @@ def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
 
 def test_a_missing_expert_is_named(tmp_path: Path) -> None:
     save_tiny(tmp_path, "mixtral")
-    stored = load_file(tmp_path / "model.safetensors")
-    del stored[next(name for name in stored if name.endswith("experts.2.w1.weight"))]
-    save_file(stored, tmp_path / "model.safetensors")
+    with weights_of(tmp_path) as stored:
+        del stored[next(name for name in stored if name.endswith("experts.2.w1.weight"))]
 
     with pytest.raises(LoadError, match=r"gate_up_proj"):
         load(tmp_path)
@@ -240,9 +244,8 @@ def test_a_missing_expert_is_named(tmp_path: Path) -> None:
 
 def test_a_wrong_shape_is_named_with_its_file(tmp_path: Path) -> None:
     save_tiny(tmp_path, "llama")
-    stored = load_file(tmp_path / "model.safetensors")
-    stored["model.norm.weight"] = torch.ones(47)
-    save_file(stored, tmp_path / "model.safetensors")
+    with weights_of(tmp_path) as stored:
+        stored["model.norm.weight"] = torch.ones(47)
 
     with pytest.raises(LoadError, match=r"model\.safetensors: model\.norm\.weight has shape \[47\].*\[48\]"):
         load(tmp_path)
@@ -250,9 +253,8 @@ def test_a_wrong_shape_is_named_with_its_file(tmp_path: Path) -> None:
 
 def test_weights_of_a_kind_that_cannot_be_computed_with_are_refused(tmp_path: Path) -> None:
     save_tiny(tmp_path, "llama")
-    stored = load_file(tmp_path / "model.safetensors")
-    stored["model.norm.weight"] = torch.ones(48, dtype=torch.int8)
-    save_file(stored, tmp_path / "model.safetensors")
+    with weights_of(tmp_path) as stored:
+        stored["model.norm.weight"] = torch.ones(48, dtype=torch.int8)
 
     with pytest.raises(LoadError, match=r"model\.norm\.weight.*int8"):
         load(tmp_path)

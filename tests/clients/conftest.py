@@ -17,10 +17,10 @@ import uvicorn
 from router.config import Config
 from router.core.request import Request
 from router.engine import Finish, Generation, TokenEvent
-from router.errors import GenerationFailed, IncompleteGeneration, NotReady
+from router.errors import GenerationFailed, NotReady
 from tests.clients.drivers.rows import Servers
 from tests.http_app import CONFIG, FakeEngine, Script, build
-from tests.server import Server, serving
+from tests.server import PATIENT, Server, serving
 
 KEY = "the-right-one"
 SILENCE_S = 20.0
@@ -33,7 +33,7 @@ LOADING_S = 3.0
 
 @pytest.fixture(scope="package")
 def plain_server(smollm2: Path) -> Iterator[Server]:
-    with serving("--model-id", str(smollm2), *SMALL, "--served-model-name", NAME) as server:
+    with serving("--model-id", str(smollm2), *SMALL, "--served-model-name", NAME, code=PATIENT) as server:
         yield server
 
 
@@ -41,15 +41,14 @@ def plain_server(smollm2: Path) -> Iterator[Server]:
 def servers(smollm2: Path, plain_server: Server) -> Iterator[Servers]:
     """All that drivers call."""
     with (
-        serving("--model-id", str(smollm2), *SMALL, *STRICT) as strict,
+        serving("--model-id", str(smollm2), *SMALL, *STRICT, code=PATIENT) as strict,
         playing(FakeEngine([Script(error=GenerationFailed("out of luck"))])) as failing,
-        playing(FakeEngine([Script(tokens=(), error=IncompleteGeneration())])) as incomplete,
         playing(FakeEngine([SlowScript()])) as slow,
         playing(FakeEngine(refusal=NotReady("unhealthy"))) as unready,
         playing(LoadingEngine()) as loading,
         playing(FakeEngine(), replace(CONFIG, response_cache_bytes=1_000_000)) as caching,
     ):
-        yield Servers(plain_server.url, strict.url, KEY, failing, incomplete, slow, unready, loading, caching)
+        yield Servers(plain_server.url, strict.url, KEY, failing, slow, unready, loading, caching)
 
 
 @dataclass(frozen=True, slots=True)

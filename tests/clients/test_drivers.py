@@ -23,7 +23,7 @@ from tests.clients.drivers.rows import Servers
 
 DRIVERS = Path(__file__).parent / "drivers"
 ENVIRONMENTS = Path("build/clients").resolve()
-TIMEOUT_S = 240
+TIMEOUT_S = 600
 
 
 @dataclass(frozen=True, slots=True)

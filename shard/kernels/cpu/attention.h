@@ -168,7 +168,7 @@ void attend(const Memory& memory, const Heads& heads, const Step& step, const Op
     return from + (static_cast<size_t>(table[block]) * heads.key_value + part.head) * lines;
   };
 
-  scratch.resize(num_rows * num_places);
+  scratch.resize(num_rows * num_places + num_rows);
   columns.resize(std::max<size_t>(1, kMaxColumns * num_blocks));
   const auto* rows = reinterpret_cast<const uint32_t*>(queries) + (part.head * step.num_tokens + part.token) * group * lines;
 
@@ -189,7 +189,7 @@ void attend(const Memory& memory, const Heads& heads, const Step& step, const Op
     }
   }
 
-  float inverses[512];
+  float* inverses = &scratch[num_rows * num_places];
   for (size_t row = 0; row < num_rows; row++) {
     const size_t end = first_position + row / group + 1, first_place = first_block * kPlaces;
     const auto from_here = [&](size_t place) { return std::min(num_places, std::max(place, first_place) - first_place); };

@@ -7,7 +7,7 @@ import re
 import sys
 
 from huggingface_hub import AsyncInferenceClient, InferenceClient
-from huggingface_hub.errors import GenerationError, IncompleteGenerationError, OverloadedError, ValidationError
+from huggingface_hub.errors import GenerationError, OverloadedError, ValidationError
 from huggingface_hub.inference._generated.types import TextGenerationOutput, TextGenerationStreamOutput
 from rows import PROMPT, PROMPT_IDS, Servers, occupied, raises, run
 
@@ -137,13 +137,6 @@ def row_40_an_overload(servers: Servers) -> None:
     client = InferenceClient(servers.strict, token=servers.key)
 
     with occupied(servers), raises(OverloadedError, "Model is overloaded"):
-        client.text_generation(PROMPT)
-
-
-def row_40_an_incomplete_generation(servers: Servers) -> None:
-    client = InferenceClient(servers.incomplete)
-
-    with raises(IncompleteGenerationError, "Incomplete generation"):
         client.text_generation(PROMPT)
 
 

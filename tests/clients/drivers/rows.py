@@ -67,8 +67,6 @@ class Servers:
     key: str
     failing: str
     """Streams two tokens and fails."""
-    incomplete: str
-    """Ends without saying why."""
     slow: str
     """Is silent for longer than any keep-alive interval before each token."""
     unready: str
