@@ -34,7 +34,7 @@ class Script:
     """What a sequence does: its tokens, then an error, or a finish with `text`, or nothing at all (`hangs`)."""
 
     tokens: Sequence[Token] = PARIS
-    top_tokens: Sequence[Token] = ()
+    top_tokens: tuple[Token, ...] = ()
     error: RouterError | None = None
     hangs: bool = False
     reason: FinishReason = FinishReason.EOS_TOKEN

@@ -303,6 +303,23 @@ def test_a_client_that_leaves_about_its_first_token_is_no_error(
     assert "Exception in ASGI application" not in caplog.text
 
 
+def test_a_head_that_is_cut_is_no_larger_for_what_came_with_its_beginning() -> None:
+    async def act() -> None:
+        connection, transport = connect(FakeEngine())
+        body = b'{"inputs":"a"%b}' % (b" " * 65_450)
+        head = b"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+        request = head % len(body) + body
+        connection.data_received(request + request[:20])
+        await settle()
+        connection.data_received(request[20:])
+        for _ in range(3):
+            await settle()
+
+        assert transport.written.count(b" 200 OK") == 2
+
+    asyncio.run(asyncio.wait_for(act(), PATIENCE_S))
+
+
 def test_what_was_answered_is_freed_without_the_garbage_collector() -> None:
     async def ask(connection: Connection, request: bytes) -> None:
         for _ in range(10):

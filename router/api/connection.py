@@ -33,8 +33,8 @@ HEAD_TIMEOUT_S: Final = 5.0
 IDLE_TIMEOUT_S: Final = 30.0
 """From a connection's beginning to its first byte. Between requests uvicorn's own, shorter limit holds."""
 
-MAX_PIPELINED: Final = 8
-"""Requests that are read while another one is answered. Only of a client that is read from is known that it leaves."""
+MAX_PIPELINED: Final = 32
+"""Requests kept while another one is answered; what comes behind them is as good as not sent."""
 
 HOST: Final = re.compile(rb"[A-Za-z0-9._~!$&'()*+,;=:\[\]%-]*")
 """https://www.rfc-editor.org/rfc/rfc3986#section-3.2: registered names, addresses and ports, without user names."""
@@ -61,6 +61,8 @@ class Connection(HttpToolsProtocol):
         """Of a head, or of trailers, which are no less."""
         self._is_in_head = False
         self._is_in_trailers = False
+        self._ends_another = False
+        """Whether what comes begins with the rest of the request before."""
         self._is_over = False
         """Whether what still comes is not looked at."""
         self._refusal = HTTPStatus.BAD_REQUEST
@@ -89,14 +91,15 @@ class Connection(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         if self._is_over:
             return
-        was_in_trailers = self._is_in_trailers
+        was_in_trailers, self._ends_another = self._is_in_trailers, False
         try:
             self.parser.feed_data(data)
         except HttpParserUpgrade as stopped:
             self._decline_upgrade(data[stopped.args[0] :])
         except HttpParserError:
             self._refuse(self._refusal)
-        if self._is_in_head or (was_in_trailers and self._is_in_trailers):
+        is_all_head = self._is_in_head and not self._ends_another
+        if is_all_head or (was_in_trailers and self._is_in_trailers):
             self._num_head_bytes += len(data)
             if self._num_head_bytes > MAX_HEAD_BYTES:
                 self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
@@ -143,7 +146,7 @@ class Connection(HttpToolsProtocol):
         num_needed = 0 if self.parser.get_http_version() == "1.0" else 1
         if not num_needed <= len(hosts) <= 1 or not all(map(HOST.fullmatch, hosts)):
             raise RefusedHead
-        if self.parser.get_method() == b"CONNECT":
+        if self.parser.get_method() == b"CONNECT" or len(self.pipeline) == MAX_PIPELINED:
             raise RefusedHead
         if any(value.lower() != b"chunked" for name, value in self.headers if name == b"transfer-encoding"):
             raise RefusedHead
@@ -152,11 +155,11 @@ class Connection(HttpToolsProtocol):
             super().on_headers_complete()
             if self.scope["http_version"] != "1.0":
                 self.scope["extensions"] = {BODY_EXTENSION: {"body": ChunkedBody(self.cycle)}}
-            if 0 < len(self.pipeline) <= MAX_PIPELINED:
-                self.flow.resume_reading()  # from which uvicorn keeps with the first of them
+            if self.pipeline:
+                self.flow.resume_reading()  # uvicorn keeps from it, and would not notice that the client leaves
 
     def on_message_complete(self) -> None:
-        self._is_in_trailers = False
+        self._is_in_trailers, self._ends_another = False, True
         if not self.parser.should_upgrade():
             super().on_message_complete()
 
