@@ -13,6 +13,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from fnmatch import fnmatch
+from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,14 @@ import uvicorn
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from router.__main__ import CLOSE_TIMEOUT_S, LOAD_TIMEOUT_S
+from router.__main__ import CLOSE_TIMEOUT_S, LOAD_TIMEOUT_S, main
 from router.config import VERSION, Config, config_table, load_config
 from router.launch import STOP_GRACE_S, LaunchSettings
 from router.metrics import COUNTERS, Gauges, Metrics
 from shard import smollm2
 from shard.distributed import _SHARED_MEMORY, SLOT_BYTES
 from tests.http_app import Client, FakeEngine, listening
+from tests.server import PATIENCE_S
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
@@ -342,6 +344,12 @@ def test_the_image_takes_tgis_environment() -> None:
     assert instructions("EXPOSE") == ["80"]
 
 
+def test_tgis_command_starts_the_router() -> None:
+    (script,) = entry_points(group="console_scripts", name="text-generation-launcher")
+
+    assert script.load() is main
+
+
 def test_the_image_starts_modules_that_exist() -> None:
     (entrypoint,) = map(json.loads, instructions("ENTRYPOINT"))
     modules = re.findall(r"python -m ((?:router|shard|proto)[\w.]*)", DOCKERFILE)
@@ -380,10 +388,14 @@ def test_what_the_image_is_built_of_is_not_ignored() -> None:
 @pytest.mark.parametrize(("ready", "code"), [(True, 0), (False, 1)])
 def test_the_images_health_check_asks_the_server(ready: bool, code: int) -> None:
     (check,) = (line for line in DOCKERFILE.splitlines() if line.startswith("HEALTHCHECK"))
-    _, *arguments = json.loads(check.partition(" CMD ")[2])
+    _, option, program = json.loads(check.partition(" CMD ")[2])
+    patient = program.replace("timeout=4", f"timeout={PATIENCE_S}")
     app = Client(FakeEngine(ready=ready)).app
 
     with listening(uvicorn.Config(app, lifespan="off", log_config=None)) as (_, port):
-        done = subprocess.run([sys.executable, *arguments], env={"PORT": str(port)}, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, option, patient], env={"PORT": str(port)}, capture_output=True, text=True
+        )
 
     assert (done.returncode, done.stderr) == (code, "")
+    assert patient != program, "a check that waits as long as it likes"
