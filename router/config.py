@@ -124,8 +124,8 @@ class Config:
     )
     lookahead: int = _option(
         1,
-        "steps sent ahead of the one that runs; above 0 a plan may stand for up to four decode steps, of 10 ms beyond "
-        "the first, which a request that arrives meanwhile waits for",
+        "steps sent ahead of the one that runs. Above 0 a plan may stand for up to four decode steps, as far as those "
+        "behind the first take 10 ms: so long a request that arrives meanwhile may wait",
         "Scheduling",
         at_least=0,
         at_most=8,

@@ -67,7 +67,9 @@ HISTOGRAMS: Final[Mapping[str, Family]] = {
     "tgi_request_queue_duration": Family("Submit to first plan, seconds."),
     "tgi_request_inference_duration": Family("First plan to last token, seconds."),
     "tgi_request_mean_time_per_token_duration": Family("Inference time per generated token, seconds."),
-    "tgi_batch_inference_duration": Family("Plan or output before to output decoded, seconds.", "method", METHODS),
+    "tgi_batch_inference_duration": Family(
+        "Plan, or the output before if later, to output decoded, seconds.", "method", METHODS
+    ),
     "tgi_batch_forward_duration": Family("Forward pass on rank 0, seconds.", "method", METHODS),
     "tgi_batch_decode_duration": Family("Choosing tokens on rank 0, seconds.", "method", METHODS),
     "tgi_batch_filter_duration": Family(
