@@ -479,6 +479,7 @@ class FaultKind(Enum):
     GARBAGE_TOKENS = "garbage_tokens"  # token ids outside the vocabulary
     GARBAGE_ROWS = "garbage_rows"  # a row too many
     WRONG_DIGEST = "wrong_digest"  # claims other tokens than it has
+    WRONG_STEP = "wrong_step"  # the right tokens under the next step's number
     ROW_FAULT = "row_fault"  # the first row fails alone, on every rank
 
 
@@ -636,6 +637,8 @@ def _spoil(output: pb.StepOutput, kind: FaultKind | None, vocab_size: int) -> pb
         spoilt.row_num_emitted.append(0)
     elif kind is FaultKind.WRONG_DIGEST:
         spoilt.digest ^= 1
+    elif kind is FaultKind.WRONG_STEP:
+        spoilt.step += 1
     return spoilt
 
 

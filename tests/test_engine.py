@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from itertools import count
+from types import SimpleNamespace
 
 import pytest
 
@@ -112,6 +115,7 @@ def test_every_token_is_the_oracles(tokenizer: Tokenizer, world_size: int, looka
         Fault(0, 5, FaultKind.GARBAGE_TOKENS),
         Fault(0, 5, FaultKind.GARBAGE_ROWS),
         Fault(1, 5, FaultKind.WRONG_DIGEST),
+        *(Fault(rank, 5, FaultKind.WRONG_STEP) for rank in (0, 1)),
     ],
     ids=lambda fault: f"{fault.kind.value} of rank {fault.rank}",
 )
@@ -415,6 +419,27 @@ def test_only_what_is_planned_ahead_is_repeated(
 
     monkeypatch.setattr(GroupClient, "send", send)
     over_ghosts(tokenizer, act, lookahead=lookahead)
+
+
+def test_a_steps_time_begins_when_it_was_sent_and_the_step_before_it_returned(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine's clock goes on by a second with each look at it: with each plan and each answer."""
+    seconds, noted = count(), []
+    monkeypatch.setattr(Pace, "max_repeats", 3)
+    monkeypatch.setattr(Pace, "note", lambda _, step_s, num_tokens, forward_s: noted.append(step_s))
+    clock = SimpleNamespace(monotonic=lambda: next(seconds), perf_counter=time.perf_counter)
+    monkeypatch.setattr("router.engine.time", clock)
+
+    async def act(group: GhostGroup, engine: Engine, metrics: Metrics) -> None:
+        await assert_all_right(engine, make_prompts(1), num_new=9)
+        for _ in range(100):  # with nothing to do
+            next(seconds)
+        await assert_all_right(engine, make_prompts(1), num_new=9)
+
+    over_ghosts(tokenizer, act)
+
+    assert noted == 2 * [2, 1, 1, 1, 2, 1, 1, 1, 1]  # 2: a plan was sent meanwhile
 
 
 AMID_REPEATS = 5

@@ -265,6 +265,7 @@ LOSSES = {
     FaultKind.GARBAGE_TOKENS: "vocabulary|does not hold",
     FaultKind.GARBAGE_ROWS: "2 rows for 1",
     FaultKind.WRONG_DIGEST: "does not hold",
+    FaultKind.WRONG_STEP: "numbered 3",
 }
 
 

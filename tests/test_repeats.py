@@ -34,6 +34,7 @@ def test_a_step_is_repeated_when_every_row_feeds_what_it_sampled() -> None:
     assert repeats(house) == [0, 3, 3, 0]
     assert [plan.step for plan in house.plans] == [1, 2, 6, 10]
     assert house.scheduler.counters.num_rows == 20
+    assert house.scheduler.counters.num_fed_tokens == 5 + 3 + 2 * 9
 
 
 def test_repeats_are_outstanding_one_by_one() -> None:

@@ -112,7 +112,7 @@ class Counters:
     num_hit_tokens: int = 0
     num_preemptions: int = 0
     num_drains: int = 0
-    """Times planning stopped until no plan was outstanding, because a sequence would have to be preempted."""
+    """Times planning stopped until no step was outstanding, because a sequence would have to be preempted."""
     num_replays: int = 0
     """Sequences that ran when an epoch ended."""
     num_poisoned: int = 0

@@ -77,7 +77,7 @@ constexpr size_t kRowsBytes = 512 * 1024;
 
 // So few rows are done with a column before memory has brought the next. They take one column after the other, because
 // memory is read fastest as one stream: by up to a third faster than when a tile reads several.
-constexpr size_t kFewRows = 8;
+constexpr size_t kFewRows = 12;
 
 // How far ahead that stream is asked for: further than memory is slow, nearer than a first cache is large. Behind the
 // last column there is nothing, and asking for it does nothing.

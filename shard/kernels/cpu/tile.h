@@ -70,7 +70,7 @@ constexpr size_t kTileSums = 24 * kLanes;
 using TileFunction = void (*)(const Operand& x, const Line* const* columns, size_t num_panels, size_t num_steps,
                               const Line* ahead, float* sums);
 
-// To the second cache, for tiles of several columns, which other rows will read again. A column alone is read once: it
+// To the second cache, for tiles of several columns, which other rows will read again. A column alone hardly ever is: it
 // goes past the larger caches, which would otherwise hold nothing but weights when the interpreters' turn comes. Not by
 // the intrinsic: GCC takes a function that only prefetches for one that does nothing, and may leave out calls of it.
 template <size_t R>
