@@ -208,6 +208,8 @@ class Worker:
     def prepare_repeat(self, last: PreparedStep) -> PreparedStep:
         """Takes the next step of the same plan. Any exception ends the epoch."""
         begun_at = time.perf_counter()
+        if last.inputs is None:
+            raise PlanError("a step is repeated that has no rows")
         self._next_step += 1
         inputs = last.seats.repeat(last.plan)
         return replace(last, step=last.step + 1, inputs=inputs, wait_s=0.0, inputs_s=time.perf_counter() - begun_at)

@@ -161,6 +161,22 @@ def test_the_step_after_repeats_is_numbered_on(worker: Worker) -> None:
         worker.prepare(pb.StepPlan(step=4), time.perf_counter())
 
 
+def test_a_step_without_rows_is_not_repeated(worker: Worker) -> None:
+    """What is there to go on with is an older plan's."""
+    scheduler = Scheduler(LIMITS)
+    scheduler.add(requests_of(GREEDY)[0])
+    steps = [
+        output.step
+        for plan in (scheduler.plan(), scheduler.plan(max_repeats=1))
+        if plan
+        for output in outputs(worker, plan)
+    ]
+    assert steps == [1, 2, 3]
+
+    with pytest.raises(PlanError, match="has no rows"):
+        worker.prepare_repeat(worker.prepare(pb.StepPlan(step=4, num_repeats=1), time.perf_counter()))
+
+
 # Drafts
 
 

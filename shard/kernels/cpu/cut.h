@@ -14,7 +14,7 @@
 namespace shardstream {
 
 struct Limits {
-  double top_k;  // a whole number; 0: off
+  double top_k;   // a whole number; 0: off
   double top_p;   // 1: off
   double min_p;   // 0: off
 
