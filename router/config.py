@@ -17,6 +17,7 @@ VERSION: Final = "0.1.0"
 ENV_PREFIX: Final = "SHARDSTREAM_"
 BUNDLED_MODEL_ID: Final = "smollm2-135m-instruct"
 """Of the model that comes with the shards' package, which no hub knows by this name."""
+HOSTED_CACHE_BYTES: Final = 16_000_000
 
 T = TypeVar("T")
 Value = str | int | float | bool | tuple[str, ...] | None
@@ -237,9 +238,10 @@ class Config:
         at_least=0.0,
     )
 
-    response_cache_bytes: int = _option(
-        0,
-        "memory for whole answers, which equal requests are given again; 0: every request is computed",
+    response_cache_bytes: int | None = _option(
+        None,
+        "memory for whole answers, which equal requests are given again; 0: every request is computed; default: "
+        f"{HOSTED_CACHE_BYTES}, and only on the routes of the hosted Inference API, where clients expect it",
         "Response cache",
         at_least=0,
     )

@@ -12,6 +12,7 @@ RouterError
 ├── Unauthorized           401  the API key is missing or wrong
 ├── Overloaded             429  not now
 ├── NotReady               503  the group is loading or restarting, or we are shutting down
+│   └── Loading            503  the same in the hosted API's words, to clients that do not want to wait
 ├── GenerationFailed       424  this request failed on the shards
 ├── BadBatch               422  a call of several prompts that cannot be taken apart
 └── IncompleteBatch        500  a call of several prompts failed in one of them
@@ -120,7 +121,15 @@ class Overloaded(RouterError):
 
 class NotReady(RouterError):
     status = 503
-    error_type = "healthcheck"
+    error_type: str | None = "healthcheck"
+
+
+class Loading(NotReady):
+    error_type = None
+
+    def __init__(self, name: str, estimated_time_s: float) -> None:
+        super().__init__(f"Model {name} is currently loading")
+        self.estimated_time_s = estimated_time_s
 
 
 class GenerationFailed(RouterError):

@@ -14,6 +14,7 @@ import httpx
 import uvicorn
 from fastapi import FastAPI
 
+from router.api.admission import EngineLike
 from router.api.app import create_app
 from router.config import Config
 from router.core.request import FinishReason, Request
@@ -91,25 +92,36 @@ CHAT_TEMPLATE = (
 )
 
 
-def build(engine: FakeEngine, config: Config = CONFIG, *, template_source: str = CHAT_TEMPLATE) -> FastAPI:
+def build(
+    engine: EngineLike,
+    config: Config = CONFIG,
+    *,
+    template_source: str = CHAT_TEMPLATE,
+    model_sha: str | None = MODEL_SHA,
+) -> FastAPI:
     tokenizer = tokenizer_of(byte_level())
     capacity = Capacity(vocab_size=tokenizer.vocab_size, eos_token_ids=(2,), kv_tokens=8192, max_positions=4096)
     limits = Limits.derive(config, capacity, tokenizer)
     metrics = Metrics(max_input_tokens=limits.max_input_tokens, max_total_tokens=limits.max_total_tokens)
     template = ChatTemplate({"default": template_source}, {})
     validator = Validator(limits, tokenizer)
-    return create_app(config, engine, validator, tokenizer, metrics, template=template, model_sha=MODEL_SHA)
+    return create_app(config, engine, validator, tokenizer, metrics, template=template, model_sha=model_sha)
 
 
 class Client:
     """Calls the application in this process, without a socket."""
 
     def __init__(
-        self, engine: FakeEngine | None = None, *, template_source: str = CHAT_TEMPLATE, **settings: object
+        self,
+        engine: FakeEngine | None = None,
+        *,
+        template_source: str = CHAT_TEMPLATE,
+        model_sha: str | None = MODEL_SHA,
+        **settings: object,
     ) -> None:
         self.engine = engine or FakeEngine()
         config = replace(CONFIG, **settings)  # type: ignore[arg-type]
-        self.app = build(self.engine, config, template_source=template_source)
+        self.app = build(self.engine, config, template_source=template_source, model_sha=model_sha)
 
     def call(self, method: str, path: str, **kwargs: object) -> httpx.Response:
         async def call() -> httpx.Response:

@@ -644,6 +644,9 @@ DOCUMENTED = {
     *(f"{KSERVE_MODEL}/ready", f"{KSERVE_MODEL}/infer"),
     *("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/models", "/v1/models/{model_id}"),
     *("/chat_tokenize", "/load_model"),
+    *("/models/{model_id}", "/models/{model_id}/v1/completions", "/models/{model_id}/v1/chat/completions"),
+    *("/models/{model_id}/info", "/models/{model_id}/health"),
+    *("/status/{model_id}", "/framework/{framework}", "/api/models/{model_id}"),
 }
 
 

@@ -62,14 +62,22 @@ SCRIPTS: dict[str, list[Script]] = {
     "chat that fails behind the first event": [Script(PARIS[:1], error=FAILURE)],
 }
 REFUSALS = {"overloaded": Overloaded(7), "overloaded stream": Overloaded(7), "not ready": NotReady("unhealthy")}
+UNREADY = (
+    *("unhealthy", "hosted status while loading", "hosted model that loads"),
+    "hosted model that loads and is waited for",
+)
+HOSTED = (
+    *("hosted prompt", "hosted stream", "hosted completion", "hosted conversation", "hosted info", "hosted health"),
+    *("hosted status", "hosted status while loading", "hosted models", "hosted models of others", "hosted model"),
+    *("hosted model that is not here", "hosted model that loads", "hosted model that loads and is waited for"),
+)
 SETTINGS: dict[str, dict[str, object]] = {
     "wrong key": {"api_key": "sesame"},
     "too large": {"payload_limit": 20},
     "allowed origin": {"cors_allow_origin": ("https://a.example",)},
     "best_of above its limit": {"max_best_of": 1},
     "a path of the platform": {"aip_predict_route": "/p:predict"},
-    "served name": {"served_model_name": "org/m"},
-    "a model by a name with slashes": {"served_model_name": "org/m"},
+    **dict.fromkeys(("served name", "a model by a name with slashes", *HOSTED), {"served_model_name": "org/m"}),
     "conversation that its template refuses": {"template_source": "{{ raise_exception('Roles must alternate') }}"},
 }
 
@@ -92,7 +100,7 @@ def read_exchanges() -> list[Exchange]:
 
 def perform(exchange: Exchange) -> httpx.Response:
     name = exchange.name
-    engine = FakeEngine(list(SCRIPTS.get(name, [Script()])), REFUSALS.get(name), ready=name != "unhealthy")
+    engine = FakeEngine(list(SCRIPTS.get(name, [Script()])), REFUSALS.get(name), ready=name not in UNREADY)
     head, _, body = exchange.request.partition("\n\n")
     line, *headers = head.split("\n")
     method, path = line.split()
@@ -133,6 +141,7 @@ def test_every_route_has_an_exchange() -> None:
     documented = Client().app.openapi()["paths"]
     wanted = {f"{method.upper()} {path}" for path, methods in documented.items() for method in methods}
     names = {"{model_name}": "m", "{model_version}": "1", "{model_id}": "org/m"}
+    names["{framework}"] = "text-generation-inference"
     placed = {re.sub(r"\{\w+\}", lambda found: names[found[0]], line) for line in wanted}
 
     assert placed - lines == {"GET /metrics"}

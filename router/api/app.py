@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import hmac
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
 from typing import Final
 
 from fastapi import Depends, FastAPI, Request, Response
@@ -18,6 +19,7 @@ from starlette.routing import Match
 
 from router.api import render
 from router.api.admission import EngineLike, Permits, Services
+from router.api.hub import catalogue_routes, hosted_routes
 from router.api.kserve import kserve_probes, kserve_routes
 from router.api.middleware import Cors, Head, RequestId, TraceContext
 from router.api.openai import model_routes, openai_routes
@@ -72,8 +74,10 @@ def create_app(
     """
     template = template or ChatTemplate({}, {})
     permits = Permits(config.max_concurrent_requests)
-    answers = SharedAnswers(config, model_sha, metrics) if config.response_cache_bytes else None
-    services = Services(config, engine, validator, tokenizer, metrics, permits, template, model_sha, answers)
+    computing = Services(config, engine, validator, tokenizer, metrics, permits, template, model_sha)
+    sharing = replace(computing, answers=SharedAnswers(config, model_sha, metrics))
+    services = sharing if config.response_cache_bytes else computing
+    hosted = computing if config.response_cache_bytes == 0 else sharing
     app = DocumentedApp(
         title="Shardstream",
         version=VERSION,
@@ -82,17 +86,25 @@ def create_app(
         redirect_slashes=False,
     )
     keyed = [Depends(_key_check(config.api_key))] if config.api_key is not None else []
+    keyed_info = keyed if config.protect_info else []
     # First, so that a path a platform chose wins over what else it may stand for.
     app.include_router(vertex_routes(services), dependencies=keyed)
     v1 = openai_routes(services)
     other_shapes = {"messages": v1.chat, "prompt": v1.completions}
+    health, info = health_routes(services), info_routes(services)
     app.include_router(native_routes(services, other_shapes), dependencies=keyed)
     app.include_router(v1.router, dependencies=keyed)
-    app.include_router(model_routes(services), dependencies=keyed if config.protect_info else [])
+    app.include_router(model_routes(services), dependencies=keyed_info)
     app.include_router(kserve_routes(services), dependencies=keyed)
-    app.include_router(info_routes(services), dependencies=keyed if config.protect_info else [])
-    app.include_router(health_routes(services))
+    app.include_router(info, dependencies=keyed_info)
+    app.include_router(health)
     app.include_router(kserve_probes(services))
+    # Routes of their own, which may keep answers where the others do not.
+    generating = native_routes(hosted), openai_routes(hosted).router
+    app.include_router(hosted_routes(services, *generating), dependencies=keyed)
+    app.include_router(hosted_routes(services, info), dependencies=keyed_info)
+    app.include_router(hosted_routes(services, health))
+    app.include_router(catalogue_routes(services), dependencies=keyed_info)
     app.add_exception_handler(RouterError, _refusing(metrics))
     app.add_exception_handler(HTTPException, _refuse_route)
     app.add_exception_handler(ClientGone, _say_nothing)

@@ -43,6 +43,11 @@ class Parsed(NamedTuple):
         """Whether it is an object with this field: what routes that take several shapes tell them by."""
         return isinstance(self.value, dict) and field in self.value
 
+    def option(self, name: str) -> object:
+        """One of the `options` that clients of the hosted Inference API put beside what they ask; None without it."""
+        options = self.value.get("options") if isinstance(self.value, dict) else None
+        return options.get(name) if isinstance(options, dict) else None
+
 
 async def read_body(request: Request, model: type[B], *, limit_bytes: int) -> B:
     """The body as a model. Raises `UnsupportedMedia`, `BodyTooLarge` or `BadBody`, in this order of checks."""

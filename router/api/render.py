@@ -16,7 +16,7 @@ import orjson
 
 from router.core.request import Request
 from router.engine import Finish, Token, TokenEvent
-from router.errors import RouterError
+from router.errors import Loading, RouterError
 from router.text.tokenizer import TextToken
 
 FEWEST_DIGITS: Final = ("%.6g", "%.7g", "%.8g")
@@ -68,6 +68,8 @@ def to_bytes(value: object) -> bytes:
 def error(error_: RouterError) -> Json:
     """An ErrorResponse; `error` comes first, some clients look for `{"error":`."""
     body: Json = {"error": str(error_)}
+    if isinstance(error_, Loading):
+        body["estimated_time"] = error_.estimated_time_s
     return body if error_.error_type is None else body | {"error_type": error_.error_type}
 
 

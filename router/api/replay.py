@@ -9,7 +9,8 @@ has left. It records what the route writes, so a replay is the same bytes in the
 
 Only requests that are answered alike every time take part (greedy ones, and drawn ones that bring a seed), unless the
 operator wants all of them to. A client keeps out of it with `x-use-cache: false` or `options.use_cache`, as on the
-hosted Inference API. Without a cache the routes are not touched at all.
+hosted Inference API, whose routes always have a cache unless the operator wants none. Without a cache routes are not
+touched at all.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from router.api.body import Parsed, read_json
 from router.api.middleware import TRACE_ID
 from router.api.sse import ClientGone, is_error, unless_gone
 from router.cache import Header, ResponseCache, StoredAnswer
-from router.config import Config
+from router.config import HOSTED_CACHE_BYTES, Config
 from router.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ class SharedAnswers:
         self.keeps_sampled = config.response_cache_sampled
         self._model = f"{config.model_name}@{model_sha}".encode()
         self._metrics = metrics
-        self._cache = ResponseCache(config.response_cache_bytes)
+        self._cache = ResponseCache(config.response_cache_bytes or HOSTED_CACHE_BYTES)
         self._flights: dict[bytes, Flight] = {}
 
     def key(self, route: str, parsed: Parsed) -> bytes:
@@ -132,9 +133,7 @@ def shared(
 
 def _keeps_out(request: Request, parsed: Parsed) -> bool:
     """Whether the client wants an answer made for itself."""
-    options = parsed.value.get("options") if isinstance(parsed.value, dict) else None
-    wants = options.get("use_cache") if isinstance(options, dict) else None
-    return wants is False or request.headers.get("x-use-cache", "").strip().lower() in OFF
+    return parsed.option("use_cache") is False or request.headers.get("x-use-cache", "").strip().lower() in OFF
 
 
 class Flight:
