@@ -11,6 +11,7 @@ import functools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -32,6 +33,8 @@ class Driver:
 
     script: str
     environment: str | None
+    needs: str | None = None
+    """A command that its servers need."""
 
     def rows(self) -> list[str]:
         """Their names, in order."""
@@ -65,8 +68,11 @@ DRIVEN: Mapping[str, Driver] = {
     "hub-2.4": Driver("hub_rows.py", None),
     "hub-2.4-chat": Driver("hub_chat_rows.py", None),
     "openai": Driver("openai_rows.py", None),
+    "hub-2.4-hosted": Driver("hub_hosted_rows.py", None, "openssl"),
     "hub-0.27": Driver("hub_rows.py", "hub_0_27"),
+    "hub-0.27-hosted": Driver("hub_endpoint_rows.py", "hub_0_27"),
     "text-generation": Driver("text_generation_rows.py", "text_generation"),
+    "text-generation-hosted": Driver("text_generation_hosted_rows.py", "text_generation", "openssl"),
     "langchain": Driver("langchain_rows.py", "langchain"),
     "llama-index": Driver("llama_index_rows.py", "llama_index"),
     "litellm": Driver("litellm_rows.py", "litellm"),
@@ -84,7 +90,9 @@ DRIVEN: Mapping[str, Driver] = {
 
 def every_row() -> Iterator[object]:
     for name, driver in DRIVEN.items():
-        marks = () if driver.environment is None else (pytest.mark.clients,)
+        marks = [] if driver.environment is None else [pytest.mark.clients]
+        if driver.needs is not None:
+            marks.append(pytest.mark.skipif(shutil.which(driver.needs) is None, reason=f"needs {driver.needs}"))
         for row in driver.rows():
             yield pytest.param(name, row, id=f"{name}-{row}", marks=marks)
 

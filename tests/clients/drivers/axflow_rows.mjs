@@ -79,3 +79,24 @@ await row("row_29_an_abort_ends_the_sequence", async () => {
   while ((await metric(servers.plain, "tgi_batch_current_size")) > 0) await sleep(50);
   assert.equal((await metric(servers.plain, "shardstream_cancelled_count")) - cancelled, 1);
 });
+
+// Only where the host is leads to our server; the rest of the address is the client's own.
+const here = (server) => (url, init) => fetch(url.replace("https://api-inference.huggingface.co", server), init);
+
+await row("row_30_asks_the_model_it_names_by_default", async () => {
+  const hosted = { fetch: here(servers.caching) };
+  const [{ generated_text: text }] = await axflow.run(ask, hosted);
+  const chunks = await collect(await axflow.stream(ask, hosted));
+  assert.equal(text, " Paris");
+  assert.equal(chunks.at(-1).generated_text, text);
+});
+
+await row("row_30_other_models_do_not_exist", async () => {
+  const other = { ...ask, model: "google/flan-t5-xxl" };
+  for (const method of ["run", "stream", "streamTokens", "streamBytes"]) {
+    await assert.rejects(
+      axflow[method](other, { fetch: here(servers.caching) }),
+      (error) => error.constructor.name === "HttpError" && error.code === 404,
+    );
+  }
+});

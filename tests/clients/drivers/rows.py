@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import inspect
 import json
+import os
 import sys
 import time
 import traceback
@@ -73,8 +75,18 @@ class Servers:
     """Answers 503 to everything."""
     loading: str
     """Answers 503 for the first 3 s after its first request."""
+    restarting: str
+    """Loads its model for 3 s, whenever it is asked, and answers those who waited."""
+    absent: str
+    """The same for an hour."""
     caching: str
-    """Keeps its answers."""
+    """Keeps its answers. Its model is called google/gemma-2-2b-it."""
+    certificate: str
+    """A file that vouches for huggingface.co and what belongs to it, if these are asked through a front."""
+    front: str
+    """A proxy behind which all hosts are the plain server."""
+    alias_front: str
+    """One behind which they are the caching server."""
 
 
 def run(driver: ModuleType) -> None:
@@ -94,6 +106,26 @@ def _problem(row: Row, servers: Servers) -> str | None:
     except Exception:
         return traceback.format_exc()
     return None
+
+
+def reimport(package: str, **variables: str) -> ModuleType:
+    """The package where the environment says this, which it reads once; in place of the one imported before."""
+    os.environ.update(variables)
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        del sys.modules[name]
+    return importlib.import_module(package)
+
+
+@contextlib.contextmanager
+def behind(front: str, servers: Servers) -> Iterator[None]:
+    """The real names of hosts lead to our servers."""
+    names = {"HTTPS_PROXY": front, "REQUESTS_CA_BUNDLE": servers.certificate, "SSL_CERT_FILE": servers.certificate}
+    os.environ.update(names)
+    try:
+        yield
+    finally:
+        for name in names:
+            del os.environ[name]
 
 
 def check_weather(arguments: str) -> None:
