@@ -83,22 +83,16 @@ class RankGroup:
         """
         if self.world_size == 1:
             return tensor
+        if self.peers is not None:
+            return self.peers.join_columns(tensor, widths)
         # A gather wants equal shapes.
         padded = tensor.new_zeros(*tensor.shape[:-1], max(widths))
         padded[..., : tensor.shape[-1]] = tensor
-        parts = self._gather(padded)
+        parts = [torch.empty_like(padded) for _ in widths] if self.rank == 0 else None
+        dist.gather(padded, parts, dst=0)
         if parts is None:
             return tensor
         return torch.cat([part[..., :width] for part, width in zip(parts, widths, strict=True)], dim=-1)
-
-    def _gather(self, tensor: Tensor) -> list[Tensor] | None:
-        """The ranks' tensors, on rank 0."""
-        if self.peers is not None:
-            parts = self.peers.gather(tensor)
-            return list(parts) if self.rank == 0 else None
-        gathered = [torch.empty_like(tensor) for _ in range(self.world_size)] if self.rank == 0 else None
-        dist.gather(tensor, gathered, dst=0)
-        return gathered
 
     def barrier(self) -> None:
         if self.peers is not None:

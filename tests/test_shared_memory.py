@@ -72,15 +72,30 @@ def tensor_of(rank: int, length: int) -> Tensor:
 LENGTHS = (1, 577, SLOT_BYTES // 4, SLOT_BYTES // 2 + 3)
 
 
+# Columns of each rank, of which a slot holds all rows, some, or not even one; the last rank may have none.
+WIDTHS = ([3, 4, 5], [SLOT_BYTES // 12, 7, 1], [SLOT_BYTES // 4 + 9, 2, 0])
+NUM_ROWS = 5
+
+
+def columns_of(rank: int, widths: list[int]) -> Tensor:
+    return tensor_of(rank, NUM_ROWS * widths[rank]).view(NUM_ROWS, widths[rank])
+
+
+def all_columns() -> list[float]:
+    """As the first rank gets them."""
+    joined = [torch.cat([columns_of(rank, widths) for rank in range(3)], dim=1) for widths in WIDTHS]
+    return torch.cat([columns.flatten() for columns in joined]).tolist()
+
+
 def use_every_collective(group: RankGroup, pipe: Connection) -> None:
     sums = [group.all_reduce(tensor_of(group.rank, length)) for length in LENGTHS for _ in range(3)]
     halves = group.all_reduce(tensor_of(group.rank, 100).bfloat16())
     whole = group.all_reduce(torch.tensor([group.rank + 1, 2**40]))
     strided = group.all_reduce(torch.arange(12.0).view(3, 4).t() * (group.rank + 1))
     told = group.broadcast(torch.full((4,), group.rank), source=1)
-    joined = group.gather_columns(torch.full((2, 3 + group.rank), float(group.rank)), [3 + r for r in range(3)])
+    joined = [group.gather_columns(columns_of(group.rank, widths), widths) for widths in WIDTHS]
     group.barrier()
-    tensors = [*sums, halves, whole, strided, told, joined]
+    tensors = [*sums, halves, whole, strided, told, torch.cat([columns.flatten() for columns in joined])]
     pipe.send((group.peers is not None, [tensor.tolist() for tensor in tensors]))
 
 
@@ -102,7 +117,7 @@ def test_three_ranks_compute_the_same_through_shared_memory(folder: Path) -> Non
     assert whole == [1 + 2 + 3, 3 * 2**40]
     assert strided == (torch.arange(12.0).view(3, 4).t() * 6).tolist()
     assert told == [1, 1, 1, 1]
-    assert joined == [[0.0] * 3 + [1.0] * 4 + [2.0] * 5] * 2
+    assert joined == all_columns()
     assert list(folder.glob("shardstream-*")) == [], "a file was left behind"
 
 
@@ -159,4 +174,4 @@ def test_ranks_use_sockets_when_one_of_them_cannot_share_memory(folder: Path) ->
 
     assert not any(shared for shared, _ in answers)
     assert all(others[:-1] == answers[0][1][:-1] for _, others in answers)
-    assert answers[0][1][-1] == [[0.0] * 3 + [1.0] * 4 + [2.0] * 5] * 2
+    assert answers[0][1][-1] == all_columns()

@@ -275,6 +275,9 @@ class Library:
         self.sum.argtypes, self.sum.restype = [c_void_p, c_void_p, c_uint64], c_int
         self.gather = functions.shardstream_gather
         self.gather.argtypes, self.gather.restype = [c_void_p, c_void_p, c_uint64, c_void_p], c_int
+        self.join_rows = functions.shardstream_join_rows
+        self.join_rows.argtypes = [c_void_p, c_void_p, POINTER(c_uint64), c_uint64, c_void_p]
+        self.join_rows.restype = c_int
 
 
 @cache
@@ -337,6 +340,16 @@ class Peers:
         stacked = own.new_empty(self.count, *own.shape)
         check(self._native.gather(self.address, own.data_ptr(), own.nbytes, stacked.data_ptr()))
         return stacked
+
+    def join_columns(self, tensor: Tensor, widths: Sequence[int]) -> Tensor:
+        """All ranks' tensors, `widths` wide, side by side on rank 0; on others their own. Raises `PeerError`."""
+        own = tensor.contiguous()
+        is_first = self.rank == 0
+        joined = own.new_empty(*own.shape[:-1], sum(widths)) if is_first else own
+        num_bytes = (c_uint64 * self.count)(*(width * own.itemsize for width in widths))
+        num_rows, to = own.shape[:-1].numel(), joined.data_ptr() if is_first else None
+        check(self._native.join_rows(self.address, own.data_ptr(), num_bytes, num_rows, to))
+        return joined
 
     def leave(self) -> None:
         self._leave()

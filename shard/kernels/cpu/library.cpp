@@ -168,6 +168,10 @@ int shardstream_gather(Peers* peers, const char* from, uint64_t num_bytes, char*
   return peers->gather(from, num_bytes, to);
 }
 
+int shardstream_join_rows(Peers* peers, const char* from, const uint64_t* widths, uint64_t num_rows, char* to) {
+  return peers->join_rows(from, widths, num_rows, to);
+}
+
 }  // extern "C"
 
 #pragma GCC visibility pop

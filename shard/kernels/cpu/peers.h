@@ -17,6 +17,8 @@
 #include <time.h>
 
 #include <cerrno>
+#include <cstring>
+#include <numeric>
 
 #include "threads.h"
 
@@ -24,7 +26,10 @@ namespace shardstream {
 
 enum PeerFault : int { kNone = 0, kDied = 1, kLate = 2 };
 
+// Who waits looks on, then lets others have the processor in between, and soon sleeps: another process may be what keeps
+// the peer, and moves over to a processor that has nothing to do.
 constexpr int kLooksBeforeYield = 1000;  // of about 15 ns each
+constexpr int kYieldsBeforeSleep = 100;  // of about 300 ns each
 constexpr long kSleepNanoseconds = 20'000'000;
 
 class Peers {
@@ -47,10 +52,14 @@ class Peers {
   size_t count() const { return count_; }
   size_t slot_bytes() const { return slot_bytes_; }
 
-  // Fills `num_bytes` of the own slot, and returns when all slots of the round can be read.
-  PeerFault enter(const void* from, size_t num_bytes) {
+  // Begins a round; what is returned is the own slot, to be filled.
+  char* begin() {
     round_++;
-    memcpy(own_slot(), from, num_bytes);
+    return const_cast<char*>(slot(rank_));
+  }
+
+  // Returns when all slots of the round can be read.
+  PeerFault meet() {
     word(rank_).store(round_);
     if (sleepers().load()) futex(word(rank_), FUTEX_WAKE, INT_MAX);
     for (size_t peer = 0; peer < count_; peer++) {
@@ -63,15 +72,21 @@ class Peers {
     return memory_ + count_ * 64 + ((round_ & 1) * count_ + peer) * slot_bytes_;
   }
 
-  // Sums floats over the ranks, always in the order of the ranks, so that all get the same bits.
+  // 16 floats from the `i`-th of every slot on, summed always in the order of the ranks, so that all get the same bits.
+  Lanes sum_at(size_t i) const {
+    return sum_at(i, [](const float* from) { return load(from); });
+  }
+
+  // Sums floats over the ranks.
   PeerFault sum(float* numbers, size_t num) {
     const size_t most = slot_bytes_ / sizeof(float);
     for (size_t start = 0; start < num; start += most) {
       const size_t part = std::min(most, num - start);
-      if (const PeerFault fault = enter(numbers + start, part * sizeof(float))) return fault;
+      memcpy(begin(), numbers + start, part * sizeof(float));
+      if (const PeerFault fault = meet()) return fault;
       for (size_t i = 0; i < part; i += kLanes) {
         if (i + kLanes <= part) {
-          store(numbers + start + i, sum_at(i, [](const float* from) { return load(from); }));
+          store(numbers + start + i, sum_at(i));
         } else {
           const size_t rest = part - i;
           store_some(numbers + start + i, sum_at(i, [&](const float* from) { return load_some(from, rest, 0); }), rest);
@@ -85,13 +100,47 @@ class Peers {
   PeerFault gather(const char* from, size_t num_bytes, char* to) {
     for (size_t start = 0; start < num_bytes; start += slot_bytes_) {
       const size_t part = std::min(slot_bytes_, num_bytes - start);
-      if (const PeerFault fault = enter(from + start, part)) return fault;
+      memcpy(begin(), from + start, part);
+      if (const PeerFault fault = meet()) return fault;
       for (size_t peer = 0; peer < count_; peer++) memcpy(to + peer * num_bytes + start, slot(peer), part);
     }
     return kNone;
   }
 
+  // Joins the ranks' rows side by side on the first rank: `from` is [num_rows, widths[rank]] bytes and `to`, which the
+  // others do not have, [num_rows, all widths].
+  PeerFault join_rows(const char* from, const uint64_t* widths, size_t num_rows, char* to) {
+    const size_t whole = std::accumulate(widths, widths + count_, size_t{0});
+    const size_t widest = *std::max_element(widths, widths + count_);
+    const size_t columns = std::min(widest, slot_bytes_), rows = columns ? slot_bytes_ / columns : 1;  // of a round
+    for (size_t row = 0; row < num_rows; row += rows) {
+      const size_t num = std::min(rows, num_rows - row);
+      for (size_t column = 0; column < widest; column += columns) {
+        const auto width_of = [&](size_t peer) { return std::min(columns, widths[peer] - std::min(column, widths[peer])); };
+        const char* here = from + row * widths[rank_] + column;
+        char* own = begin();
+        if (rank_) {
+          copy_rows(here, widths[rank_], own, width_of(rank_), num, width_of(rank_));
+          if (const PeerFault fault = meet()) return fault;
+          continue;
+        }
+        char* there = to + row * whole + column;
+        copy_rows(here, widths[0], there, whole, num, width_of(0));
+        if (const PeerFault fault = meet()) return fault;
+        for (size_t peer = 1; peer < count_; peer++) {
+          there += widths[peer - 1];
+          copy_rows(slot(peer), width_of(peer), there, whole, num, width_of(peer));
+        }
+      }
+    }
+    return kNone;
+  }
+
  private:
+  static void copy_rows(const char* from, size_t from_stride, char* to, size_t to_stride, size_t num, size_t width) {
+    for (size_t row = 0; row < num; row++) memcpy(to + row * to_stride, from + row * from_stride, width);
+  }
+
   template <class Load>
   Lanes sum_at(size_t i, const Load& load_from) const {
     Lanes total = load_from(reinterpret_cast<const float*>(slot(0)) + i);
@@ -102,14 +151,13 @@ class Peers {
   std::atomic<uint32_t>& word(size_t peer) const { return *reinterpret_cast<std::atomic<uint32_t>*>(memory_ + peer * 64); }
   // Beside the first rank's word: how many sleep until a word changes.
   std::atomic<uint32_t>& sleepers() const { return *reinterpret_cast<std::atomic<uint32_t>*>(memory_ + 8); }
-  char* own_slot() { return const_cast<char*>(slot(rank_)); }
 
   bool arrived(size_t peer) const {
     return static_cast<int32_t>(word(peer).load(std::memory_order_acquire) - round_) >= 0;
   }
 
   PeerFault await(size_t peer) {
-    for (int looks = 0; looks < 2 * kLooksBeforeYield; looks++) {
+    for (int looks = 0; looks < kLooksBeforeYield + kYieldsBeforeSleep; looks++) {
       if (arrived(peer)) return kNone;
       if (looks < kLooksBeforeYield) _mm_pause();
       else sched_yield();
