@@ -1,16 +1,22 @@
-"""From scores to tokens: the largest, or a draw from what temperature and truncation leave.
+"""From logits to tokens, by all rules of a batch's rows. There are two ways:
 
-Rows are chosen in groups that share a way of choosing. Which way depends on a row's own parameters alone, and within a
-group every operation is row by row, so a row's token never depends on its batch mates:
+    native   one call, on CPUs that have it
+    torch    anywhere else: what follows
 
-    greedy   the largest score
-    free     no truncation: a draw from the whole vocabulary, without looking for its likeliest tokens
-    cut      truncation: a draw among the likeliest tokens; rows that would have kept more are looked at again, wider
+    logits ──► masks ► repetition ► frequency, presence ► bias ► forbidden tokens ──► scores
+                   ├─ greedy   the largest score
+                   ├─ free     no truncation: a draw from the whole vocabulary, without looking for its likeliest tokens
+                   └─ cut      truncation: a draw among the likeliest tokens; rows that would have kept more are
+                               looked at again, wider
 
-Candidates come in a canonical order and their masses are summed from the left, so a wider look gives the same token.
+Rows are chosen in groups that share one of the three. Which it is depends on a row's own parameters alone, and within a
+group every operation is row by row, so a row's token never depends on its batch mates. Candidates come in a canonical
+order and their masses are summed from the left, so a wider look gives the same token.
 
-Rows without typical-p need not even be grouped: one native call chooses for all of them (`plain_rules`).
-The module knows no sequence: what it is asked for is (seed, position) and numbers.
+Penalties, bias, greedy choice and free draws follow a device without waiting for it. These wait: top tokens (how many
+tie) and truncation (whether the candidates were enough).
+
+The module knows no sequence: what it is asked for is (seed, position), numbers, and rows of a table of known tokens.
 """
 
 from __future__ import annotations
@@ -18,15 +24,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from shard.draw import draw, draw_from_vocabulary, uniform
 from shard.kernels import ops
-from shard.kernels.native import ChoiceRules, Limits
-from shard.logits import argmax, likeliest, native_threads
-from shard.processors import Truncation, truncate
+from shard.kernels.native import Change, ChoiceRules, Chosen, Mask, Rule
+from shard.known_tokens import KnownTokens
+from shard.logits import argmax, block_maxima, likeliest, likeliest_with_ties, log_probabilities
+from shard.processors import Truncation, penalise_counts, penalise_repetition, truncate
 from shard.sampling_params import SamplingParams
+from shard.transfer import to_device
 
 _MIN_WIDTH = 64
 """Fewest candidates looked at; the nucleus of most distributions is inside."""
@@ -37,9 +46,6 @@ _TIE_ROOM = 14
 _WIDENING = 16
 """Factor by which the candidates grow when they were not enough."""
 
-_CPU_ROWS = 8
-"""Rows whose whole vocabulary is normalised at once on a CPU: more would leave the cache, and the allocator's pool."""
-
 
 @dataclass(frozen=True, slots=True)
 class Greedy:
@@ -49,7 +55,6 @@ class Greedy:
 @dataclass(frozen=True, slots=True)
 class Free:
     rows: list[int]
-    rules: ChoiceRules
     temperature: Tensor  # [R, 1] float32
 
 
@@ -58,8 +63,6 @@ class Cut:
     """Either all rows have a top-k, and `width` has room for it, or none has one."""
 
     rows: list[int]
-    rules: ChoiceRules | None
-    """None: there is a typical-p, which these do not know."""
     truncation: Truncation
     width: int
     has_top_k: bool
@@ -68,53 +71,206 @@ class Cut:
 Group = Greedy | Free | Cut
 
 
-def group_rows(
-    params: Sequence[SamplingParams], rows: Sequence[int], vocab_size: int, device: torch.device
-) -> list[Group]:
-    """The ways in which some rows of a batch are chosen, with their parameters as tensors."""
-    greedy = [row for row in rows if not params[row].do_sample]
-    free = [row for row in rows if params[row].do_sample and not params[row].truncates]
+@dataclass(frozen=True, slots=True)
+class _Penalised:
+    """Rows with a repetition, frequency or presence penalty; columns [R, 1], neutral where a row lacks one of them."""
+
+    rows: Tensor  # [R], like the next
+    seats: Tensor
+    repetition: Tensor
+    frequency: Tensor
+    presence: Tensor
+    any_counts: bool
+
+
+def native_rules(params: Sequence[SamplingParams], seats: Sequence[int], vocab_size: int) -> ChoiceRules:
+    """How all rows of a batch are chosen, natively."""
+    return ChoiceRules([_rule(p) for p in params], [p.seed for p in params], seats, _biases(params, vocab_size))
+
+
+def _rule(params: SamplingParams) -> Rule:
+    rule = Rule(
+        repetition_penalty=params.repetition_penalty,
+        frequency_penalty=params.frequency_penalty,
+        presence_penalty=params.presence_penalty,
+        num_top=params.top_n_tokens,
+    )
+    if not params.do_sample:
+        return rule
+    return rule._replace(
+        temperature=params.temperature,
+        top_k=params.top_k,
+        top_p=params.top_p,
+        min_p=params.min_p,
+        typical_p=params.typical_p,
+    )
+
+
+def _biases(params: Sequence[SamplingParams], vocab_size: int) -> list[Change]:
+    return [
+        Change(row, token, value)
+        for row, p in enumerate(params)
+        for token, value in zip(p.bias_token_ids, p.bias_values, strict=True)
+        if token < vocab_size
+    ]
+
+
+class TorchRules:
+    """How all rows of a batch are chosen, by torch."""
+
+    def __init__(
+        self, params: Sequence[SamplingParams], seats: Sequence[int], vocab_size: int, device: torch.device
+    ) -> None:
+        self._device = device
+        self._seeds = [p.seed for p in params]
+        self._num_top = [p.top_n_tokens for p in params]
+        self._groups = group_rows(params, vocab_size, device)
+        self._penalised = _penalised(params, seats, device)
+        biases = _biases(params, vocab_size)
+        self._biases = _entries(biases, device) if biases else None
+
+    def choose(
+        self,
+        logits: Tensor,
+        positions: Sequence[int],
+        forbidden: Sequence[Change],
+        masks: Sequence[Mask],
+        known: KnownTokens,
+    ) -> Chosen:
+        """As `native.choose`."""
+        maxima = block_maxima(logits)
+        token_ids = self._choose(logits, maxima, positions, forbidden, masks, known)
+        if (penalised := self._penalised) is not None:
+            known.note(penalised.seats, token_ids[penalised.rows], counting=penalised.any_counts)
+        num_top, top_ids = likeliest_with_ties(logits, maxima, self._num_top)
+        logprobs = log_probabilities(logits, torch.cat([token_ids.unsqueeze(1), top_ids], dim=1))
+        faults = ~maxima.amax(-1).isfinite()
+        return Chosen(token_ids, logprobs[:, 0], faults, torch.tensor(num_top), top_ids, logprobs[:, 1:])
+
+    def _choose(
+        self,
+        logits: Tensor,
+        maxima: Tensor,
+        positions: Sequence[int],
+        forbidden: Sequence[Change],
+        masks: Sequence[Mask],
+        known: KnownTokens,
+    ) -> Tensor:
+        masked = _masked(logits, masks)
+        scores = self._changed(masked, forbidden, known)
+        score_maxima = maxima if scores is logits else block_maxima(scores)
+        chosen = choose_scores(scores, score_maxima, self._groups, self._seeds, positions)
+        # Where the rules leave no token, the model's own choice stands: among those that masks leave, if there are any.
+        if scores is not masked:
+            masked_maxima = maxima if masked is logits else block_maxima(masked)
+            chosen = torch.where(score_maxima.amax(-1).isfinite(), chosen, argmax(masked, masked_maxima))
+        return chosen
+
+    def _changed(self, logits: Tensor, forbidden: Sequence[Change], known: KnownTokens) -> Tensor:
+        """The logits after every rule that is not a truncation; `logits` itself if there was none to apply."""
+        if not forbidden and self._penalised is None and self._biases is None:
+            return logits
+        scores = logits.clone()
+        if self._penalised is not None:
+            _penalise(scores, self._penalised, known)
+        if self._biases is not None:
+            _add(scores, *self._biases)
+        if forbidden:
+            _add(scores, *_entries(forbidden, self._device))
+        return scores
+
+
+def choose(
+    rules: ChoiceRules | TorchRules,
+    logits: Tensor,
+    positions: Sequence[int],
+    forbidden: Sequence[Change],
+    masks: Sequence[Mask],
+    known: KnownTokens,
+) -> Chosen:
+    """One token per row of logits [E, V], noted among those that are known where a row has a penalty. `positions` are
+    those of the tokens in their sequences; masks come first and what is forbidden last.
+    """
+    if isinstance(rules, TorchRules):
+        return rules.choose(logits, positions, forbidden, masks, known)
+    given = rules.arguments(positions, forbidden, masks, known.known, known.counts)
+    chosen = ops.choose(logits, given, torch.get_num_threads())
+    if not rules.max_top:
+        return chosen
+    top = slice(int(chosen.num_top.max()))  # there was room for more ties
+    return chosen._replace(top_ids=chosen.top_ids[:, top], top_logprobs=chosen.top_logprobs[:, top])
+
+
+def _entries(changes: Sequence[Change], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, tokens, and what is added."""
+    rows, tokens, added = zip(*changes, strict=True)
+    ids = to_device(torch.tensor([rows, tokens], dtype=torch.int64), device)
+    return ids[0], ids[1], to_device(torch.tensor(added, dtype=torch.float32), device)
+
+
+def _add(scores: Tensor, rows: Tensor, tokens: Tensor, added: Tensor) -> None:
+    scores.index_put_((rows, tokens), added, accumulate=True)
+
+
+def _masked(logits: Tensor, masks: Sequence[Mask]) -> Tensor:
+    """`logits` itself if there is no mask."""
+    if not masks:
+        return logits
+    unpacked = [np.unpackbits(mask.bits.view(np.uint8), count=logits.shape[1], bitorder="little") for mask in masks]
+    is_set = to_device(torch.from_numpy(np.stack(unpacked)), logits.device).bool()
+    if_set = column([mask.if_set for mask in masks], torch.float32, logits.device)
+    if_unset = column([mask.if_unset for mask in masks], torch.float32, logits.device)
+    rows = to_device(torch.tensor([mask.row for mask in masks]), logits.device)
+    return logits.index_add(0, rows, torch.where(is_set, if_set, if_unset))
+
+
+def _penalised(params: Sequence[SamplingParams], seats: Sequence[int], device: torch.device) -> _Penalised | None:
+    rows = [row for row, p in enumerate(params) if p.penalises]
+    if not rows:
+        return None
+    alike = [params[row] for row in rows]
+    return _Penalised(
+        rows=to_device(torch.tensor(rows), device),
+        seats=to_device(torch.tensor([seats[row] for row in rows]), device),
+        repetition=column([p.repetition_penalty for p in alike], torch.float32, device),
+        frequency=column([p.frequency_penalty for p in alike], torch.float32, device),
+        presence=column([p.presence_penalty for p in alike], torch.float32, device),
+        any_counts=any(p.penalises_counts for p in alike),
+    )
+
+
+def _penalise(scores: Tensor, rule: _Penalised, known: KnownTokens) -> None:
+    assert known.known is not None, "a penalty without known tokens"
+    before = scores[rule.rows]
+    after = penalise_repetition(before, rule.repetition)
+    if rule.any_counts:
+        assert known.counts is not None, "a penalty without counts"
+        after = penalise_counts(after, known.counts[rule.seats], rule.frequency, rule.presence)
+    scores[rule.rows] = torch.where(known.known[rule.seats], after, before)
+
+
+def group_rows(params: Sequence[SamplingParams], vocab_size: int, device: torch.device) -> list[Group]:
+    """The ways in which the rows of a batch are chosen, with their parameters as tensors."""
+    greedy = [row for row, p in enumerate(params) if not p.do_sample]
+    free = [row for row, p in enumerate(params) if p.do_sample and not p.truncates]
     cut: dict[tuple[int, bool, bool], list[int]] = {}
-    for row in rows:
-        p = params[row]
+    for row, p in enumerate(params):
         if p.do_sample and p.truncates:
             key = _width(p.top_k + _TIE_ROOM, vocab_size), p.top_k > 0, p.typical_p < 1.0
             cut.setdefault(key, []).append(row)
-
-    def free_group(rows: list[int]) -> Free:
-        alike = [params[row] for row in rows]
-        return Free(rows, plain_rules(alike), column([p.temperature for p in alike], torch.float32, device))
-
-    def cut_group(rows: list[int], width: int, has_top_k: bool, has_typical_p: bool) -> Cut:
-        alike = [params[row] for row in rows]
-        rules = None if has_typical_p else plain_rules(alike)
-        return Cut(rows, rules, _truncation(alike, vocab_size, device), width, has_top_k)
-
     return [
         *([Greedy(greedy)] if greedy else []),
-        *(free_group(rows) for rows in _batched(free, device)),
+        *([Free(free, column([params[row].temperature for row in free], torch.float32, device))] if free else []),
         *(
-            cut_group(rows, width, has_top_k, has_typical_p)
-            for (width, has_top_k, has_typical_p), alike in cut.items()
-            for rows in ([alike] if has_top_k else _batched(alike, device))
+            Cut(rows, _truncation([params[row] for row in rows], vocab_size, device), width, has_top_k)
+            for (width, has_top_k, _), rows in cut.items()
         ),
     ]
 
 
-def plain_rules(params: Sequence[SamplingParams]) -> ChoiceRules:
-    """The ways in which all rows of a batch are chosen, none of them with typical-p."""
-    temperatures = [p.temperature if p.do_sample else 0.0 for p in params]
-    return ChoiceRules(temperatures, [Limits(p.top_k, p.top_p, p.min_p) for p in params], [p.seed for p in params])
-
-
-def _batched(rows: list[int], device: torch.device) -> list[list[int]]:
-    size = _CPU_ROWS if device.type == "cpu" else max(1, len(rows))
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
-
-
 def column(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A parameter per row, [R, 1], to be broadcast over tokens."""
-    return torch.tensor(values, dtype=dtype, device=device).unsqueeze(1)
+    return to_device(torch.tensor(values, dtype=dtype), device).unsqueeze(1)
 
 
 def _truncation(params: Sequence[SamplingParams], vocab_size: int, device: torch.device) -> Truncation:
@@ -135,15 +291,15 @@ def _width(count: int, vocab_size: int) -> int:
     return width if width <= vocab_size // 16 else vocab_size
 
 
-def choose(
+def choose_scores(
     scores: Tensor, maxima: Tensor, groups: Sequence[Group], seeds: Sequence[int], positions: Sequence[int]
 ) -> Tensor:
-    """One token per row: scores [E, V] and their block maxima [E, B] -> [E]. Rows that are in no group get token 0."""
+    """One token per row: scores [E, V] and their block maxima [E, B] -> [E]."""
     if len(groups) == 1 and len(groups[0].rows) == len(scores):
         return _choose_group(scores, maxima, groups[0], seeds, positions)
     token_ids = torch.zeros(scores.shape[0], dtype=torch.int64, device=scores.device)
     for group in groups:
-        rows = torch.tensor(group.rows, dtype=torch.int64, device=scores.device)
+        rows = to_device(torch.tensor(group.rows, dtype=torch.int64), scores.device)
         token_ids[rows] = _choose_group(scores[rows], maxima[rows], group, seeds, positions)
     return token_ids
 
@@ -154,12 +310,8 @@ def _choose_group(
     """The rows of one group, packed, [R, V], [R, B] -> [R]; seeds and positions are the batch's."""
     if isinstance(group, Greedy):
         return argmax(scores, maxima)
-    if group.rules is not None and (threads := native_threads(scores)) is not None:
-        # As where all rows of a batch are plain: a row's company must not change its rounding.
-        return ops.choose(group.rules, scores, [positions[row] for row in group.rows], [], threads.count)[0]
-    u = torch.tensor(
-        [uniform(seeds[row], positions[row]) for row in group.rows], dtype=torch.float64, device=scores.device
-    )
+    numbers = [uniform(seeds[row], positions[row]) for row in group.rows]
+    u = to_device(torch.tensor(numbers, dtype=torch.float64), scores.device)
     if isinstance(group, Free):
         return draw_from_vocabulary(_probabilities(scores, maxima, group.temperature), u)
     mass = None

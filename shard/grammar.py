@@ -2,7 +2,7 @@
 
     open ──► compiled in a thread of its own, once per grammar, while the prompt is worked on
     feed ──► generated tokens of an earlier life, after a replay or a preemption
-    prepare, promised, allows, penalties ──► what the next token may be
+    prepare, promised, allowed ──► what the next token may be
     advance ◄── what was chosen; the masks of the next tokens are computed while the model works on this one
 
 Where a grammar leaves a single way to go on, the tokens on that way are promised: the seat's next rows emit them one by
@@ -23,9 +23,8 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
-import torch
+import numpy.typing as npt
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
-from torch import Tensor
 
 LIMITS: Final = LLParserLimits(
     initial_lexer_fuel=200_000,
@@ -203,14 +202,11 @@ class Grammars:
         promised = self._seats[seat].promised
         return promised[0] if promised else None
 
-    def allows(self, seat: int, token: int) -> bool:
+    def allowed(self, seat: int) -> npt.NDArray[np.uint32]:
+        """A bit per token that the seat may emit: where one is promised, that alone. Holds until `advance`."""
         assert self._masks is not None, "no mask was ever computed"
-        return self._masks.allows(seat, token)
-
-    def penalties(self, seats: Sequence[int], vocab_size: int, device: torch.device) -> Tensor:
-        """What to add to the scores of some seats, [R, V] float32: nothing, or minus infinity for what is forbidden."""
-        assert self._masks is not None, "no mask was ever computed"
-        return self._masks.penalties(seats, device)[:, :vocab_size]
+        promised = self.promised(seat)
+        return self._masks.of(seat) if promised is None else self._masks.of_one(promised)
 
     def advance(self, seats: Sequence[int], tokens: Sequence[int]) -> list[Sequence[int]]:
         """Takes what was chosen, and begins with the next masks. Returns for each seat the tokens that alone can
@@ -256,8 +252,6 @@ class _Masks:
         self._bits = np.zeros((max_seats, -(-vocab_size // 32)), dtype=np.uint32)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="masks")
         self._under_way: Future[None] | None = None
-        bits_of_byte = torch.arange(256).unsqueeze(1) >> torch.arange(8) & 1
-        self._penalties = torch.zeros(256, 8).masked_fill_(bits_of_byte == 0, -torch.inf)
 
     def begin(self, matchers: list[tuple[LLMatcher, int]]) -> None:
         assert self._under_way is None, "other masks are under way"
@@ -274,11 +268,12 @@ class _Masks:
             self._under_way.result()
             self._under_way = None
 
-    def allows(self, seat: int, token: int) -> bool:
-        return bool(int(self._bits[seat, token >> 5]) >> (token & 31) & 1)
+    def of(self, seat: int) -> npt.NDArray[np.uint32]:
+        row: npt.NDArray[np.uint32] = self._bits[seat]
+        return row
 
-    def penalties(self, seats: Sequence[int], device: torch.device) -> Tensor:
-        """[R, num_words * 32]. By a table for eight tokens at a time, as filling by a mask takes six times as long."""
-        self._penalties = self._penalties.to(device)
-        packed = torch.from_numpy(self._bits[list(seats)].view(np.uint8)).to(device)
-        return self._penalties.index_select(0, packed.flatten().int()).view(len(seats), -1)
+    def of_one(self, token: int) -> npt.NDArray[np.uint32]:
+        """A mask that leaves one token."""
+        row = np.zeros(self._bits.shape[1], dtype=np.uint32)
+        row[token >> 5] = 1 << (token & 31)
+        return row

@@ -16,12 +16,15 @@ The module knows neither seats nor sampling parameters.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from shard.kernels import native, ops
+from shard.kernels.native import MAX_TOP_TIES
+from shard.transfer import to_device
 
 BLOCK = native.LOGITS_BLOCK
 """Tokens per block: at V = 49,152, the middle of a flat optimum between scanning maxima and scanning winning blocks."""
@@ -75,6 +78,30 @@ def likeliest(logits: Tensor, maxima: Tensor, width: int) -> Candidates:
         values = values.masked_fill(ids == _LAST_ID, -torch.inf)
     top = _first(values, ids, width)
     return Candidates(values.gather(1, top), ids.gather(1, top))
+
+
+def likeliest_with_ties(logits: Tensor, maxima: Tensor, asked: Sequence[int]) -> tuple[list[int], Tensor]:
+    """The likeliest tokens of the rows that ask for some, with those as likely as the last: counts, ids [R, N].
+
+    N is the largest count; the rest of a row is padding.
+    """
+    num_top = [0] * len(asked)
+    asking = [row for row, count in enumerate(asked) if count > 0]
+    if not asking:
+        return num_top, torch.empty(len(asked), 0, dtype=torch.int64, device=logits.device)
+    rows = to_device(torch.tensor(asking, dtype=torch.int64), logits.device)
+    candidates = likeliest(logits[rows], maxima[rows], max(asked) + MAX_TOP_TIES)
+    for row, values in zip(asking, candidates.values.tolist(), strict=True):
+        num_top[row] = _count_with_ties(values[: asked[row] + MAX_TOP_TIES], asked[row])
+    top_ids = torch.zeros(len(asked), max(num_top), dtype=torch.int64, device=logits.device)
+    top_ids[rows] = candidates.ids[:, : max(num_top)]
+    return num_top, top_ids
+
+
+def _count_with_ties(values: list[float], count: int) -> int:
+    """How many of some descending values are among the first `count` or equal the last of them."""
+    last = values[min(count, len(values)) - 1]
+    return sum(value >= last for value in values)
 
 
 def _first(values: Tensor, ids: Tensor, count: int) -> Tensor:

@@ -16,7 +16,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -38,13 +41,21 @@ def green_list(last_token: int, gamma: float, vocab_size: int) -> Tensor:
     return torch.randperm(vocab_size, generator=generator)[: int(vocab_size * round(gamma, 6))]
 
 
+@lru_cache(maxsize=1024)
+def green_bits(last_token: int, gamma: float, vocab_size: int) -> npt.NDArray[np.uint32]:
+    """`green_list` as a bit per token. The permutation takes half a millisecond, and text comes back to its tokens."""
+    is_green = np.zeros(-(-vocab_size // 32) * 32, dtype=np.bool_)
+    is_green[green_list(last_token, gamma, vocab_size).numpy()] = True
+    return np.packbits(is_green, bitorder="little").view(np.uint32)
+
+
 def penalise_repetition(logits: Tensor, penalty: Tensor) -> Tensor:
-    """`RepetitionPenaltyLogitsProcessor` (CTRL), on the logits of known tokens only: [R, L], [R, 1] -> [R, L]."""
+    """`RepetitionPenaltyLogitsProcessor` (CTRL), on the logits of known tokens only: [R, V], [R, 1] -> [R, V]."""
     return torch.where(logits < 0, logits * penalty, logits / penalty)
 
 
 def penalise_counts(logits: Tensor, counts: Tensor, frequency: Tensor, presence: Tensor) -> Tensor:
-    """OpenAI's: count * frequency + [count > 0] * presence off each logit: [R, L], [R, L] int, 2 x [R, 1] -> [R, L].
+    """OpenAI's: count * frequency + [count > 0] * presence off each logit: [R, V], [R, V] int, 2 x [R, 1] -> [R, V].
 
     Counts are of generated tokens.
     """

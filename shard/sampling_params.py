@@ -54,13 +54,6 @@ class SamplingParams:
         return self.no_repeat_ngram_size > 0 or bool(self.bad_words)
 
     @property
-    def is_plain(self) -> bool:
-        """Whether a token is chosen from the model's own logits, less what is forbidden, by their order and masses
-        alone, and nothing else is asked."""
-        changes_logits = self.penalises or self.watermarks or bool(self.bias_token_ids)
-        return not (changes_logits or (self.do_sample and self.typical_p < 1.0) or self.top_n_tokens)
-
-    @property
     def needs_tokens(self) -> bool:
         """Whether the host must know the sequence's tokens, one by one."""
         return self.watermarks or self.forbids

@@ -8,18 +8,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from shard import choice
-from shard.choice import Cut, group_rows, plain_rules
+from shard.choice import Cut, group_rows, native_rules
 from shard.draw import draw, uniform
-from shard.kernels import build, native, ops
+from shard.kernels import build, native
 from shard.kernels.build import AVX2, AVX512, Variant, best_variant
-from shard.kernels.native import ChoiceRules, Library, Limits, Threads, library
-from shard.logits import Candidates
-from shard.processors import truncate
+from shard.kernels.native import Change, ChoiceRules, Library, Mask, Rule, Threads, library
+from shard.logits import Candidates, block_maxima, likeliest_with_ties
+from shard.processors import penalise_counts, penalise_repetition, truncate
 from shard.sampler import Sampled, Sampler, SamplingParams
 
 pytestmark = pytest.mark.skipif(library() is None, reason="the native operations are not built for this machine")
@@ -54,8 +54,9 @@ def chosen(
     forbidden: Sequence[tuple[int, int]],
     team: Threads,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `ops.choose`, by the threads and the library that are asked for."""
-    return native.choose(logits, *rules.arguments(positions, forbidden), team)
+    """By the threads and the library that are asked for."""
+    changes = [Change(row, token, -math.inf) for row, token in forbidden]
+    return native.choose(logits, rules.arguments(positions, changes), team)[:3]
 
 
 def choose(
@@ -67,7 +68,7 @@ def choose(
 ) -> tuple[Tensor, Tensor, Tensor]:
     num_rows = len(logits)
     seeds = [seed_of(row) for row in range(num_rows)]
-    rules = ChoiceRules(temperatures or [0.0] * num_rows, [Limits()] * num_rows, seeds)
+    rules = ChoiceRules([Rule(temperature) for temperature in temperatures or [0.0] * num_rows], seeds)
     return chosen(rules, logits, range(first_position, first_position + num_rows), forbidden, team)
 
 
@@ -177,12 +178,16 @@ def test_a_row_is_chosen_the_same_by_any_number_of_threads_and_in_any_company(te
     together = choose(team, logits, temperatures)
 
     for row in range(9):
-        rules = ChoiceRules([temperatures[row]], [Limits()], [seed_of(row)])
+        rules = ChoiceRules([Rule(temperatures[row])], [seed_of(row)])
         token, logprob, _ = chosen(rules, logits[row : row + 1], [7 + row], (), alone)
         assert (token.item(), logprob.item()) == (together[0][row].item(), together[1][row].item())
 
 
 # Draws from the likeliest tokens
+
+
+def rules_of(params: Sequence[SamplingParams]) -> ChoiceRules:
+    return native_rules(params, range(len(params)), 0)
 
 
 def peaked(shape: tuple[int, int]) -> Tensor:
@@ -219,6 +224,11 @@ CUTS = [
     SamplingParams(top_k=10**6, top_p=0.71),
     SamplingParams(top_k=1000, top_p=0.5, min_p=0.2),
     SamplingParams(top_p=0.9, min_p=0.04),
+    *(SamplingParams(typical_p=typical_p) for typical_p in (1e-9, 0.2, 0.9, 0.99999)),
+    SamplingParams(top_k=10, top_p=0.95, typical_p=0.95),
+    SamplingParams(top_k=300, typical_p=0.4),
+    SamplingParams(top_p=0.9, typical_p=0.7),
+    SamplingParams(min_p=0.02, typical_p=0.7),
 ]
 """More of them than rows, so that each comes with others, and twice with other temperatures."""
 
@@ -235,7 +245,7 @@ def cut_rows(num_rows: int, first: int) -> list[SamplingParams]:
 
 def cut_draws(logits: Tensor, params: SamplingParams, position: int) -> set[int]:
     """What torch draws for a row [V]; where the mass of the vocabulary counts, with one that is a millionth off too."""
-    (group,) = group_rows([params], [0], len(logits), logits.device)
+    (group,) = group_rows([params], len(logits), logits.device)
     assert isinstance(group, Cut)
     candidates = Candidates(*logits.unsqueeze(0).sort(descending=True, stable=True))
     values = candidates.values.double()
@@ -266,7 +276,7 @@ def test_a_cut_draw_is_that_of_torch(
     positions = range(0, shape[0] * len(CUTS), len(CUTS))
 
     for params, expected in expected_draws(rows, shape):
-        tokens, logprobs, faults = chosen(plain_rules(params), logits, positions, (), team)
+        tokens, logprobs, faults = chosen(rules_of(params), logits, positions, (), team)
 
         for token, draws, p in zip(tokens.tolist(), expected, params, strict=True):
             assert token in draws, p
@@ -276,24 +286,24 @@ def test_a_cut_draw_is_that_of_torch(
 
 
 @pytest.mark.parametrize(
-    ("limits", "kept"),
+    ("rule", "kept"),
     [
-        (Limits(top_k=2), {30, 999, 70}),  # as likely as the second
-        (Limits(top_p=0.39), {30}),
-        (Limits(top_p=0.41), {30, 70}),  # of equal ones those that come first
-        (Limits(min_p=0.49), {30, 70, 999}),
-        (Limits(min_p=0.51), {30}),
-        (Limits(top_p=0.88), {30, 70, 999, 5}),
-        (Limits(top_k=4, top_p=0.88), {30, 70, 999}),  # a fraction of what top-k leaves
-        (Limits(top_p=0.85, min_p=0.3), {30, 70, 999}),
-        (Limits(top_k=4, top_p=0.7, min_p=0.3), {30, 70, 999}),  # also of what min-p drops
+        (Rule(1.0, top_k=2), {30, 999, 70}),  # as likely as the second
+        (Rule(1.0, top_p=0.39), {30}),
+        (Rule(1.0, top_p=0.41), {30, 70}),  # of equal ones those that come first
+        (Rule(1.0, min_p=0.49), {30, 70, 999}),
+        (Rule(1.0, min_p=0.51), {30}),
+        (Rule(1.0, top_p=0.88), {30, 70, 999, 5}),
+        (Rule(1.0, top_k=4, top_p=0.88), {30, 70, 999}),  # a fraction of what top-k leaves
+        (Rule(1.0, top_p=0.85, min_p=0.3), {30, 70, 999}),
+        (Rule(1.0, top_k=4, top_p=0.7, min_p=0.3), {30, 70, 999}),  # also of what min-p drops
     ],
 )
-def test_a_draw_stays_within_its_limits_and_reaches_them(team: Threads, limits: Limits, kept: set[int]) -> None:
+def test_a_draw_stays_within_its_limits_and_reaches_them(team: Threads, rule: Rule, kept: set[int]) -> None:
     logits = torch.full((1, 2000), -math.inf)
     logits[0, [30, 70, 999, 5]] = torch.tensor([0.4, 0.2, 0.2, 0.1]).log()
     logits[0, 100:200] = math.log(0.1 / 100)
-    rules = ChoiceRules([1.0], [limits], [5])
+    rules = ChoiceRules([rule], [5])
 
     tokens = {chosen(rules, logits, [position], (), team)[0].item() for position in range(200)}
 
@@ -301,20 +311,22 @@ def test_a_draw_stays_within_its_limits_and_reaches_them(team: Threads, limits: 
 
 
 def test_a_temperature_that_makes_all_weights_equal_leaves_min_p_nothing_to_cut(team: Threads) -> None:
-    rules = ChoiceRules([1e20], [Limits(min_p=1.0)], [5])
+    rules = ChoiceRules([Rule(1e20, min_p=1.0)], [5])
 
     tokens = {chosen(rules, random_logits((1, 2000)), [position], (), team)[0].item() for position in range(50)}
 
     assert len(tokens) > 40, "of 2,000 that are equally likely"
 
 
-@pytest.mark.parametrize("limits", [Limits(top_k=40), Limits(top_p=0.9), Limits(min_p=0.01)])
-def test_a_cut_draw_passes_over_what_is_forbidden(team: Threads, limits: Limits) -> None:
+@pytest.mark.parametrize(
+    "rule", [Rule(0.8, top_k=40), Rule(0.8, top_p=0.9), Rule(0.8, min_p=0.01), Rule(0.8, typical_p=0.9)]
+)
+def test_a_cut_draw_passes_over_what_is_forbidden(team: Threads, rule: Rule) -> None:
     logits = random_logits((3, 20_000))
     forbidden = [(row, token) for row in (0, 2) for token in sorted(logits[row].topk(300).indices.tolist())]
     allowed = logits.clone()
     allowed[tuple(zip(*forbidden, strict=True))] = -math.inf
-    rules = ChoiceRules([0.8] * 3, [limits] * 3, [seed_of(row) for row in range(3)])
+    rules = ChoiceRules([rule] * 3, [seed_of(row) for row in range(3)])
 
     for position in range(5):
         tokens, logprobs, _ = chosen(rules, logits, [position] * 3, forbidden, team)
@@ -333,11 +345,11 @@ def test_cut_rows_that_are_not_finite_are_flagged_and_disturb_nobody(team: Threa
         if number == -math.inf:
             disturbed[row] = number
 
-        tokens, _, faults = chosen(plain_rules(params), disturbed, range(4), (), team)
+        tokens, _, faults = chosen(rules_of(params), disturbed, range(4), (), team)
 
         assert faults.tolist() == [other == row for other in range(4)]
         assert all(0 <= token < logits.shape[1] for token in tokens.tolist())
-        assert tokens[3] == chosen(plain_rules(params), logits, range(4), (), team)[0][3]
+        assert tokens[3] == chosen(rules_of(params), logits, range(4), (), team)[0][3]
 
 
 def test_a_cut_row_is_chosen_the_same_by_any_number_of_threads_and_in_any_company(team: Threads) -> None:
@@ -345,43 +357,113 @@ def test_a_cut_row_is_chosen_the_same_by_any_number_of_threads_and_in_any_compan
     params = [SamplingParams(), *cut_rows(20, 0), SamplingParams(do_sample=True, temperature=0.9)]
     alone = Threads(team.native, 1)
 
-    together = chosen(plain_rules(params), logits, range(22), (), team)
+    together = chosen(rules_of(params), logits, range(22), (), team)
 
     for row in range(22):
-        token, logprob, _ = chosen(plain_rules([params[row]]), logits[row : row + 1], [row], (), alone)
+        token, logprob, _ = chosen(rules_of([params[row]]), logits[row : row + 1], [row], (), alone)
         assert (token.item(), logprob.item()) == (together[0][row].item(), together[1][row].item())
 
 
-# The sampler with it and without
+# Scores that rules have changed
 
 
-def test_a_row_draws_by_the_same_arithmetic_beside_rows_that_are_not_plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    def another(*_: object) -> Tensor:
-        raise AssertionError("its sums are rounded in another way")
+@pytest.mark.parametrize(
+    ("repetition", "frequency", "presence"),
+    [(1.03, 0.0, 0.0), (0.7, 0.0, 0.0), (1.0, 0.31, 0.0), (1.0, 0.0, -0.7), (1.7, 0.93, 0.41)],
+)
+@pytest.mark.parametrize("rivals_come_first", [False, True])
+def test_penalties_are_rounded_as_torch_rounds_them(
+    team: Threads, repetition: float, frequency: float, presence: float, rivals_come_first: bool
+) -> None:
+    """Each known token has a rival with the very score that torch gives it: of the two the first is taken."""
+    num_rows, (rival, token) = 500, (70, 9000) if rivals_come_first else (9000, 70)
+    logits = torch.full((num_rows, 10_000), -100.0)
+    generator = torch.Generator().manual_seed(0)
+    logits[:, token] = torch.randn(num_rows, generator=generator) * 7
+    known, counts = torch.zeros(num_rows, 10_000, dtype=torch.bool), torch.zeros(num_rows, 10_000, dtype=torch.int32)
+    known[:, [token, 5000]] = True
+    counts[:, token] = torch.arange(num_rows) % 40
+    columns = [torch.full((num_rows, 1), value) for value in (repetition, frequency, presence)]
+    repeated = penalise_repetition(logits[:, [token]], columns[0])
+    logits[:, [rival]] = penalise_counts(repeated, counts[:, [token]], *columns[1:])
+    rule = Rule(repetition_penalty=repetition, frequency_penalty=frequency, presence_penalty=presence)
+    before = counts.clone()
 
-    draw_cut = choice._draw_cut
+    given = ChoiceRules([rule] * num_rows, [0] * num_rows, range(num_rows)).arguments(
+        range(num_rows), known=known, counts=counts
+    )
+    tokens = native.choose(logits, given, team).token_ids
 
-    def of_the_last_row(scores: Tensor, *rest: object) -> Tensor:
-        assert len(scores) == 1, "its sums are rounded in another way"
-        return draw_cut(scores, *rest)  # type: ignore[arg-type]
+    assert tokens.tolist() == [70] * num_rows
+    assert known[:, 70].all()
+    assert counts[:, 70].tolist() == (before[:, 70] + int(frequency != 0 or presence != 0)).tolist()
+    assert known.sum() == num_rows * (2 if token == 70 else 3)
 
-    monkeypatch.setattr(choice, "draw_from_vocabulary", another)
-    monkeypatch.setattr(choice, "_draw_cut", of_the_last_row)
-    logits, positions = random_logits((9, 20_000)), list(range(9))
-    limits = [(0, 1.0), (40, 1.0), (0, 0.9), (20, 0.8)] * 2
-    drawn = [
-        SamplingParams(do_sample=True, temperature=0.9, top_k=top_k, top_p=top_p, seed=seed_of(row))
-        for row, (top_k, top_p) in enumerate(limits)
+
+def test_masks_come_first_and_what_they_leave_stands_where_other_rules_leave_nothing(team: Threads) -> None:
+    logits = random_logits((5, PART + 70))
+    best = logits.topk(3).indices
+    bits = np.zeros((2, 259), dtype=np.uint32)
+    left = sorted(best[0].tolist())[:2]
+    for token in left:
+        bits[0, token // 32] |= np.uint32(1 << token % 32)
+    favoured = int(best[2, 2])
+    bits[1, favoured // 32] = 1 << favoured % 32
+    masks = [
+        *(Mask(row, bits[0], 0.0, -math.inf) for row in (0, 1)),
+        Mask(2, bits[1], 50.0, 0.0),
+        Mask(3, np.zeros(259, dtype=np.uint32), 0.0, -math.inf),
     ]
-    tokens: list[list[int]] = []
-    for params in (drawn, [*drawn, SamplingParams(do_sample=True, typical_p=0.5, seed=1)]):
-        sampler = Sampler(vocab_size=20_000, max_seats=9, eos_token_ids=[], device=torch.device("cpu"))
-        for seat, p in enumerate(params):
-            sampler.open(seat, p, [], 0)
-        rows = range(len(params))
-        tokens.append(sampler.sample(logits[: len(params)], rows, positions[: len(params)]).token_ids[:8].tolist())
+    forbidden = [Change(1, token, -math.inf) for token in left]
+    known = torch.zeros(5, logits.shape[1], dtype=torch.bool)
+    rules = ChoiceRules([Rule()] * 5, [0] * 5)
 
-    assert tokens[0] == tokens[1]
+    chosen = native.choose(logits, rules.arguments([0] * 5, forbidden, masks, known), team)
+
+    expected = [max(left, key=lambda token, row=row: float(logits[row, token])) for row in (0, 1)]  # type: ignore[misc]
+    assert chosen.token_ids.tolist() == [*expected, favoured, *best[3:, 0].tolist()]
+    wanted = logits.double().log_softmax(-1).gather(1, chosen.token_ids[:, None])[:, 0]
+    torch.testing.assert_close(chosen.logprobs.double(), wanted, atol=4e-6, rtol=0)
+    assert not chosen.faults.any()
+
+
+def test_biases_are_added_to_their_tokens_alone(team: Threads) -> None:
+    logits = torch.zeros(3, 3 * PART)
+    tokens = [0, 63, 64, PART - 1, PART, 3 * PART - 1]
+    for token in tokens:
+        biases = [Change(1, other, 1.0) for other in tokens] + [Change(1, token, 0.5), Change(2, token, -1.0)]
+        rules = ChoiceRules([Rule()] * 3, [0] * 3, biases=biases)
+
+        chosen = native.choose(logits, rules.arguments([0] * 3), team)
+
+        assert chosen.token_ids.tolist() == [0, token, 0 if token else 1]
+
+
+@pytest.mark.parametrize("shape", [(4, 49152), (6, PART + 70), (5, 70), (5, 5)])
+@pytest.mark.parametrize("rows", [peaked, coarse, sparse, equal])
+def test_the_likeliest_tokens_come_with_ties_and_with_log_probabilities_as_the_chosen_one(
+    team: Threads, shape: tuple[int, int], rows: Callable[[tuple[int, int]], Tensor]
+) -> None:
+    logits = rows(shape)
+    asked = [0, 1, 5, 20, 3, 2][: shape[0]]
+    rules = ChoiceRules([Rule(num_top=count) for count in asked], [0] * len(asked))
+    num_top, top_ids = likeliest_with_ties(logits, block_maxima(logits), asked)
+
+    chosen = native.choose(logits, rules.arguments([0] * len(asked), [Change(1, 3, -math.inf)]), team)
+
+    assert chosen.num_top.tolist() == num_top
+    log_probabilities = logits.double().log_softmax(-1)
+    for row, count in enumerate(num_top):
+        ids = chosen.top_ids[row, :count]
+        assert ids.tolist() == top_ids[row, :count].tolist()
+        torch.testing.assert_close(
+            chosen.top_logprobs[row, :count].double(), log_probabilities[row, ids], atol=1e-5, rtol=0
+        )
+        if count and row != 1:
+            assert chosen.top_logprobs[row, 0] == chosen.logprobs[row], "the greedy token is recognised by equality"
+
+
+# The sampler with it and without
 
 
 def sampled_lives(params: Sequence[SamplingParams], vocab_size: int) -> list[Sampled]:
@@ -400,7 +482,7 @@ def sampled_lives(params: Sequence[SamplingParams], vocab_size: int) -> list[Sam
     return steps
 
 
-def test_a_plain_batch_is_chosen_as_without_native_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_is_chosen_as_without_native_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(0)
     params = [
         SamplingParams(
@@ -409,51 +491,38 @@ def test_a_plain_batch_is_chosen_as_without_native_operations(monkeypatch: pytes
             top_k=rng.choice([0, 0, 20]),
             top_p=rng.choice([1.0, 0.9]),
             min_p=rng.choice([0.0, 0.0, 0.01]),
+            typical_p=rng.choice([1.0, 1.0, 0.8]),
+            repetition_penalty=rng.choice([1.0, 1.2]),
+            frequency_penalty=rng.choice([0.0, 0.3]),
+            presence_penalty=rng.choice([0.0, -0.4]),
+            bias_token_ids=(11, 400, 2999, 3001),
+            bias_values=(rng.uniform(-2, 6), 3.0, -math.inf, 9.0),
+            watermark_gamma=0.25,
+            watermark_delta=rng.choice([0.0, 0.0, 2.0]),
             seed=rng.getrandbits(64),
+            top_n_tokens=rng.choice([0, 1, 5]),
             min_new_tokens=rng.choice([0, 4]),
             no_repeat_ngram_size=rng.choice([0, 1]),
             bad_words=rng.choice([(), ((11,), (4, 12))]),
         )
         for _ in range(24)
     ]
-    calls = []
-    choose = ops.choose
-
-    def counted(*args: object) -> object:
-        calls.append(args)
-        return choose(*args)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(ops, "choose", counted)
     natively = sampled_lives(params, 3000)
-    for module in ("shard.sampler", "shard.choice"):
-        monkeypatch.setattr(f"{module}.native_threads", lambda logits: None)
+    monkeypatch.setattr("shard.sampler.native_threads", lambda logits: None)
+    monkeypatch.setattr("shard.logits.native_threads", lambda logits: None)
 
     plain = sampled_lives(params, 3000)
 
-    assert len(calls) == 10
     for step, other in zip(natively, plain, strict=True):
         fit = ~other.faults
         assert step.faults.tolist() == other.faults.tolist()
         assert step.token_ids[fit].tolist() == other.token_ids[fit].tolist()
         torch.testing.assert_close(step.logprobs[fit], other.logprobs[fit], atol=1e-5, rtol=0)
-        assert step.num_top == other.num_top
-        assert step.top_ids.shape == other.top_ids.shape
+        for row in fit.nonzero().flatten().tolist():
+            count = step.num_top[row]
+            assert count == other.num_top[row]
+            assert step.top_ids[row, :count].tolist() == other.top_ids[row, :count].tolist()
+            torch.testing.assert_close(
+                step.top_logprobs[row, :count], other.top_logprobs[row, :count], atol=1e-5, rtol=0
+            )
     assert natively[6].faults.tolist() == [row == 1 for row in range(24)]
-
-
-@pytest.mark.parametrize(
-    "rule",
-    [
-        {"top_n_tokens": 1},
-        {"typical_p": 0.9, "do_sample": True},
-        {"repetition_penalty": 1.2},
-        {"presence_penalty": 0.2},
-        {"bias_token_ids": (3,), "bias_values": (1.0,)},
-        {"watermark_gamma": 0.5, "watermark_delta": 1.0},
-    ],
-    ids=lambda rule: next(iter(rule)),
-)
-def test_rules_that_the_native_choice_does_not_know_are_not_plain(rule: dict[str, object]) -> None:
-    assert SamplingParams(do_sample=True, temperature=0.5, top_k=9, top_p=0.5, min_p=0.1, min_new_tokens=3).is_plain
-    assert SamplingParams(typical_p=0.9).is_plain
-    assert not SamplingParams(**rule).is_plain  # type: ignore[arg-type]

@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import jsonschema_rs
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from torch import Tensor
@@ -81,8 +83,15 @@ def text_of(tokens: Sequence[int]) -> str:
     return TOKENIZER.decode(list(tokens))
 
 
+def is_allowed(grammars: Grammars, seat: int, vocab_size: int = VOCAB) -> npt.NDArray[np.bool_]:
+    """For each token whether the seat may emit it."""
+    bits = grammars.allowed(seat).view(np.uint8)
+    return np.unpackbits(bits, count=vocab_size, bitorder="little").astype(np.bool_)
+
+
 def allowed(grammars: Grammars, seat: int) -> list[int]:
-    return grammars.penalties([seat], VOCAB, CPU)[0].isfinite().nonzero().flatten().tolist()
+    ids: list[int] = is_allowed(grammars, seat).nonzero()[0].tolist()
+    return ids
 
 
 class Walk:
@@ -106,7 +115,7 @@ class Walk:
             choices = allowed(self._grammars, self._seat)
             closing = [t for t in choices if t == EOS or text_of([t])[-1:] in ('"', "}", "]")]
             token = self._chance.choice(closing if closing and self._chance.random() < 0.5 else choices)
-            assert self._grammars.allows(self._seat, token)
+            assert is_allowed(self._grammars, self._seat)[token]
         self.tokens.append(token)
         (forced,) = self._grammars.advance([self._seat], [token])
         self.promises += forced
@@ -276,7 +285,7 @@ def test_a_model_may_have_fewer_embeddings_than_its_tokenizer_has_tokens(tmp_pat
     grammars.open(0, regex_source("[ab]"), [], 1)
     grammars.prepare([0], [1])
 
-    assert grammars.penalties([0], 300, CPU).shape == (1, 300)
+    assert len(is_allowed(grammars, 0, 300)) == 300
 
 
 def test_a_grammar_is_compiled_once_while_it_is_kept(
@@ -312,8 +321,12 @@ def test_router_and_shards_have_the_same_limits() -> None:
 # ---- choosing under a grammar -----------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def logits() -> Tensor:
+@pytest.fixture(params=["native", "torch"])
+def logits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    """To be chosen from in both ways, where there are two."""
+    if request.param == "torch":
+        for module in ("shard.sampler", "shard.logits"):
+            monkeypatch.setattr(f"{module}.native_threads", lambda logits: None)
     return torch.randn(4, VOCAB, generator=torch.Generator().manual_seed(3)) * 4
 
 
@@ -326,7 +339,7 @@ def masked(logits: Tensor, compiler: GrammarCompiler, source: str) -> Tensor:
     grammars = Grammars(compiler, max_seats=1)
     grammars.open(0, source, [], 1)
     grammars.prepare([0], [1])
-    return logits + grammars.penalties([0], VOCAB, CPU)
+    return logits.masked_fill(~torch.from_numpy(is_allowed(grammars, 0)), -torch.inf)
 
 
 DIGITS = regex_source("[0-9]{3}")
@@ -459,9 +472,9 @@ def test_penalties_count_forced_tokens_once_however_they_come(compiler: GrammarC
     by_literals = fed.sample(logits[2:3], [0], [position])
 
     assert by_emission.token_ids.tolist() == by_literals.token_ids.tolist()
-    assert emitting._counts is not None
-    assert fed._counts is not None
-    assert torch.equal(emitting._counts[0], fed._counts[0])
+    assert emitting._known.counts is not None
+    assert fed._known.counts is not None
+    assert torch.equal(emitting._known.counts[0], fed._known.counts[0])
 
 
 def test_a_row_whose_grammar_fails_is_refused_alone(compiler: GrammarCompiler, logits: Tensor, tmp_path: Path) -> None:

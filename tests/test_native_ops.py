@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -12,15 +14,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from shard.kernels import native, ops
 from shard.kernels.native import (
     Activation,
+    Change,
+    ChoiceArguments,
     ChoiceRules,
     Decoder,
     DecoderLayer,
     DecoderModel,
     Heads,
-    Limits,
+    Mask,
     Norm,
     Options,
     Rotation,
+    Rule,
     StepRows,
     library,
     memory_of,
@@ -51,9 +56,17 @@ def packed(outputs: int = 40, inputs: int = WIDTH) -> PackedMatrix:
     return pack(numbers(outputs, inputs), Kind.FLOAT32, Arena(), numbers(outputs))
 
 
-def rules() -> ChoiceRules:
-    """A greedy row, and one that draws from its likeliest tokens."""
-    return ChoiceRules([0.0, 0.7], [Limits(), Limits(top_k=5, top_p=0.9)], [0, (1 << 64) - 1])
+def choice() -> ChoiceArguments:
+    """Of a greedy row with a mask and likeliest tokens, and one with a penalty that draws; [2, 131]."""
+    rules = [Rule(num_top=3), Rule(0.7, top_k=5, top_p=0.9, frequency_penalty=1.0)]
+    known, counts = torch.zeros(3, 131, dtype=torch.bool), torch.zeros(3, 131, dtype=torch.int32)
+    return ChoiceRules(rules, [0, (1 << 64) - 1], [1, 2], [Change(1, 7, 0.5)]).arguments(
+        [3, 4], [Change(0, 7, -math.inf)], [Mask(0, np.full(5, 7, dtype=np.uint32), 0.0, -math.inf)], known, counts
+    )
+
+
+def least_choice() -> ChoiceArguments:
+    return ChoiceRules([Rule()] * 2, [0, 0]).arguments([3, 4])
 
 
 def memory() -> tuple[Tensor, Tensor]:
@@ -110,10 +123,11 @@ def test_operators_do_what_the_library_does() -> None:
     assert written[0][1].any()
     assert torch.equal(ops.block_maxima(rows, 1), native.block_maxima(rows, threads(1)))
     assert all(map(torch.equal, ops.log_sums(rows, 1), native.log_sums(rows, threads(1))))
-    forbidden = [(0, int(rows[0].argmax()))]
-    expected_choice = native.choose(rows, *rules().arguments([3, 4], forbidden), threads(1))
-    assert all(map(torch.equal, ops.choose(rules(), rows, [3, 4], forbidden, 1), expected_choice))
-    assert expected_choice[0][0] == rows[0].topk(2).indices[1]
+    given = choice()
+    chosen = ops.choose(rows, given, 1)
+    assert all(map(torch.equal, chosen, native.choose(rows, choice(), threads(1))))
+    assert given.counts is not None
+    assert given.counts[2, chosen.token_ids[1]] == 1
 
 
 def test_operators_keep_what_their_schemas_promise() -> None:
@@ -135,8 +149,8 @@ def test_operators_keep_what_their_schemas_promise() -> None:
         ),
         (torch.ops.shardstream.block_maxima.default, (rows, 1)),
         (torch.ops.shardstream.log_sums.default, (rows, 1)),
-        (torch.ops.shardstream.choose.default, (rows, *rules().arguments([3, 4], [(0, 7)]), 1)),
-        (torch.ops.shardstream.choose.default, (rows, *ChoiceRules([0.0, 0.0], [], []).arguments([3, 4], []), 1)),
+        (torch.ops.shardstream.choose.default, (rows, *choice(), 1)),
+        (torch.ops.shardstream.choose.default, (rows, *least_choice(), 1)),
     ]
 
     for operator, args in calls:
@@ -150,14 +164,14 @@ def test_shapes_are_known_without_computing() -> None:
             *(torch.empty(5, heads, 16, dtype=torch.bfloat16) for heads in (2, 1, 1)), memory(), ROWS, OPTIONS, 1
         )
         maxima, (peaks, sums) = ops.block_maxima(torch.empty(2, 131), 1), ops.log_sums(torch.empty(2, 131), 1)
-        tokens, logprobs, faults = ops.choose(rules(), torch.empty(2, 131), [3, 4], [], 1)
+        chosen = ops.choose(torch.empty(2, 131), choice(), 1)
 
     assert (out.shape, out.dtype) == ((7, 40), torch.float32)
     assert (attended.shape, attended.dtype) == ((5, 2, 16), torch.bfloat16)
     assert (maxima.shape, peaks.shape, sums.shape) == ((2, 3), (2,), (2,))
-    assert (tokens.shape, tokens.dtype) == ((2,), torch.int64)
-    assert (logprobs.shape, logprobs.dtype) == ((2,), torch.float32)
-    assert (faults.shape, faults.dtype) == ((2,), torch.bool)
+    shapes = [(2,)] * 4 + [(2, 11)] * 2
+    dtypes = [torch.int64, torch.float32, torch.bool, torch.int64, torch.int64, torch.float32]
+    assert [(column.shape, column.dtype) for column in chosen] == list(zip(shapes, dtypes, strict=True))
 
 
 def test_a_traced_step_gives_what_the_step_gives() -> None:

@@ -39,6 +39,14 @@ EOS = 2
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True, params=["native", "torch"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways of choosing, where there are two."""
+    if request.param == "torch":
+        for module in ("shard.sampler", "shard.logits"):
+            monkeypatch.setattr(f"{module}.native_threads", lambda logits: None)
+
+
 def make_sampler(vocab_size: int, max_seats: int = 32) -> Sampler:
     return Sampler(vocab_size=vocab_size, max_seats=max_seats, eos_token_ids=[EOS], device=CPU)
 
@@ -480,7 +488,7 @@ def test_tokens_outside_the_vocabulary_are_passed_over() -> None:
 
 
 def test_a_truncation_that_is_off_cuts_nothing() -> None:
-    (group,) = group_rows([SamplingParams(do_sample=True, min_p=1e-30)], [0], 100, CPU)
+    (group,) = group_rows([SamplingParams(do_sample=True, min_p=1e-30)], 100, CPU)
     assert isinstance(group, Cut)
 
     truncated = truncate(

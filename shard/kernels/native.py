@@ -17,6 +17,8 @@ from functools import cache
 from pathlib import Path
 from typing import ClassVar, Final, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -32,6 +34,9 @@ MAX_HEAD_WIDTH: Final = 256
 
 LOGITS_BLOCK: Final = 64
 """Neighbours of which `block_maxima` takes one maximum."""
+
+MAX_TOP_TIES: Final = 8
+"""Most tokens as likely as the last of the likeliest that are returned with it."""
 
 
 class Activation(IntEnum):
@@ -212,19 +217,37 @@ class _Step(Structure):
     ]
 
 
-class _Rules(Structure):
+class _ScoreRules(Structure):
     _fields_: ClassVar = [
-        ("temperatures", c_void_p),
-        ("limits", c_void_p),
-        ("seeds", c_void_p),
-        ("positions", c_void_p),
+        ("rules", c_void_p),
+        ("seats", c_void_p),
+        ("known", c_void_p),
+        ("counts", c_void_p),
+        ("masks", c_void_p),
+        ("mask_bits", c_void_p),
+        ("mask_stride", c_uint64),
+        ("num_masks", c_uint64),
+        ("biases", c_void_p),
+        ("num_biases", c_uint64),
         ("forbidden", c_void_p),
         ("num_forbidden", c_uint64),
     ]
 
 
+class _Draws(Structure):
+    _fields_: ClassVar = [("seeds", c_void_p), ("positions", c_void_p)]
+
+
 class _Choice(Structure):
-    _fields_: ClassVar = [("tokens", c_void_p), ("logprobs", c_void_p), ("faults", c_void_p)]
+    _fields_: ClassVar = [
+        ("tokens", c_void_p),
+        ("logprobs", c_void_p),
+        ("faults", c_void_p),
+        ("max_top", c_uint64),
+        ("num_top", c_void_p),
+        ("top_tokens", c_void_p),
+        ("top_logprobs", c_void_p),
+    ]
 
 
 class Library:
@@ -265,7 +288,10 @@ class Library:
         self.log_sums.argtypes = [c_void_p, c_void_p, c_uint64, c_uint64, c_void_p, c_void_p]
         self.log_sums.restype = None
         self.choose = functions.shardstream_choose
-        self.choose.argtypes = [c_void_p, c_void_p, c_uint64, c_uint64, POINTER(_Rules), POINTER(_Choice)]
+        self.choose.argtypes = [
+            *(c_void_p, c_void_p, c_uint64, c_uint64),
+            *(POINTER(_ScoreRules), POINTER(_Draws), POINTER(_Choice)),
+        ]
         self.choose.restype = None
         self.peers = functions.shardstream_peers
         self.peers.argtypes, self.peers.restype = [c_char_p, c_uint64, c_uint64, c_uint64, c_double], c_void_p
@@ -475,58 +501,150 @@ def log_sums(rows: Tensor, threads: Threads) -> tuple[Tensor, Tensor]:
     return peaks, sums
 
 
-class Limits(NamedTuple):
-    """How far from the likeliest token a draw may go; as they are here, any distance."""
+class Rule(NamedTuple):
+    """How a row's token is chosen, and what else is asked of the row; each number as it is here is off."""
 
+    temperature: float = 0.0
+    """0: the largest score is taken, and what follows up to `typical_p` does not matter."""
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    num_top: int = 0
+    """How many of the likeliest tokens are wanted too, by logit."""
+
+
+class Change(NamedTuple):
+    """What is added to a token's score; minus infinity forbids it."""
+
+    row: int
+    token: int
+    added: float
+
+
+class Mask(NamedTuple):
+    """What is added to all scores of a row, by a bit per token."""
+
+    row: int
+    bits: npt.NDArray[np.uint32]  # [at least ceil(V / 32)]
+    if_set: float
+    if_unset: float
 
 
 class ChoiceRules:
-    """How a token is chosen in each of some rows: the largest logit, or drawn from what the limits leave."""
+    """How a token is chosen in each of some rows."""
 
-    def __init__(self, temperatures: Sequence[float], limits: Sequence[Limits], seeds: Sequence[int]) -> None:
-        """A temperature of 0 takes the largest logit; `limits`, and `seeds` of 64 bits, are for the rows that draw."""
-        self.temperatures = torch.tensor(temperatures, dtype=torch.float64)  # [R]
-        self.limits = torch.tensor(limits, dtype=torch.float64)  # [R, 3]
+    def __init__(
+        self,
+        rules: Sequence[Rule],
+        seeds: Sequence[int],
+        seats: Sequence[int] = (),
+        biases: Sequence[Change] = (),
+    ) -> None:
+        """`seeds`, of 64 bits, are for the rows that draw; `seats`, in the tables of known tokens, for those with a
+        penalty."""
+        self.rules = torch.tensor(rules, dtype=torch.float64)  # [R, 9]
         self.seeds = torch.tensor([seed - (seed >> 63 << 64) for seed in seeds], dtype=torch.int64)  # [R]
-        self._any_draws = any(temperatures)
+        self.seats = torch.tensor(seats, dtype=torch.int64)  # [R]
+        self.biases = _changes(biases)
+        self.max_top = max((rule.num_top + MAX_TOP_TIES for rule in rules if rule.num_top), default=0)
+        self._any_draws = any(rule.temperature for rule in rules)
 
     def arguments(
-        self, positions: Sequence[int], forbidden: Sequence[tuple[int, int]]
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        """What `choose` is given beside the logits: `positions` [R] are those of the tokens in their sequences,
-        `forbidden` rows and tokens in the order of rows."""
-        at = torch.tensor(positions, dtype=torch.int64) if self._any_draws else None
-        pairs = torch.tensor(forbidden, dtype=torch.int64) if forbidden else None
-        return self.temperatures, self.limits, self.seeds, at, pairs
+        self,
+        positions: Sequence[int],
+        forbidden: Sequence[Change] = (),
+        masks: Sequence[Mask] = (),
+        known: Tensor | None = None,
+        counts: Tensor | None = None,
+    ) -> ChoiceArguments:
+        """What `choose` is given beside the logits. `positions` [R] are those of the tokens in their sequences,
+        `forbidden` is added last, `masks` first. `known` [seats, V] bool are the tokens that seats have, `counts` in
+        int32 how often they have generated them: of rows with a penalty, and the chosen ones are added."""
+        return ChoiceArguments(
+            self.rules,
+            self.seeds,
+            torch.tensor(positions, dtype=torch.int64) if self._any_draws else None,
+            torch.tensor([(row, *added) for row, _, *added in masks], dtype=torch.float64) if masks else None,
+            _joined_bits(masks) if masks else None,
+            self.seats,
+            known,
+            counts,
+            self.biases,
+            _changes(forbidden),
+            self.max_top,
+        )
 
 
-def choose(
-    logits: Tensor,
-    temperatures: Tensor,
-    limits: Tensor,
-    seeds: Tensor,
-    positions: Tensor | None,
-    forbidden: Tensor | None,
-    threads: Threads,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """[R, V] contiguous float32 -> tokens [R] int64, their log-softmax [R] float32, faults [R] bool.
+def _joined_bits(masks: Sequence[Mask]) -> Tensor:
+    """[M, words] int32: those of a vocabulary that all of the masks have."""
+    num_words = min(len(mask.bits) for mask in masks)
+    return torch.from_numpy(np.stack([mask.bits[:num_words] for mask in masks]).view(np.int32))
 
-    The rest is what `ChoiceRules.arguments` gives. Where all is forbidden nothing is. A fault is a NaN or the lack of a
-    finite maximum; what else there is of such a row means nothing.
-    """
+
+def _changes(changes: Sequence[Change]) -> Tensor | None:
+    """By row, then by token: [C, 3]."""
+    return torch.tensor(sorted(changes), dtype=torch.float64) if changes else None
+
+
+class ChoiceArguments(NamedTuple):
+    """The fields of `ChoiceRules`, and what is new in a step."""
+
+    rules: Tensor
+    seeds: Tensor
+    positions: Tensor | None
+    masks: Tensor | None  # [M, 3] row, if_set, if_unset
+    mask_bits: Tensor | None  # [M, words] int32
+    seats: Tensor
+    known: Tensor | None
+    counts: Tensor | None
+    biases: Tensor | None  # [C, 3]
+    forbidden: Tensor | None  # [C, 3]
+    max_top: int
+
+
+class Chosen(NamedTuple):
+    """Of a row with a fault, that is a NaN or no finite maximum, the rest means nothing."""
+
+    token_ids: Tensor  # [R] int64
+    logprobs: Tensor  # [R] float32, log-softmax of the logits
+    faults: Tensor  # [R] bool
+    num_top: Tensor  # [R] int64, those as likely as the last included
+    top_ids: Tensor  # [R, max_top] int64, most likely first
+    top_logprobs: Tensor  # [R, max_top] float32
+
+
+def choose(logits: Tensor, given: ChoiceArguments, threads: Threads) -> Chosen:
+    """[R, V] contiguous float32. Where the rules leave no token, the largest logit is taken, if possible of those that
+    masks leave."""
     num_rows, width = logits.shape
-    tokens = torch.empty(num_rows, dtype=torch.int64)
-    logprobs, faults = torch.empty(num_rows), torch.empty(num_rows, dtype=torch.bool)
-    rules = _Rules(
-        *(temperatures.data_ptr(), limits.data_ptr(), seeds.data_ptr()),
-        *(_address(positions), _address(forbidden), 0 if forbidden is None else len(forbidden)),
+    chosen = Chosen(
+        torch.empty(num_rows, dtype=torch.int64),
+        torch.empty(num_rows),
+        torch.empty(num_rows, dtype=torch.bool),
+        torch.empty(num_rows, dtype=torch.int64),
+        torch.empty(num_rows, given.max_top, dtype=torch.int64),
+        torch.empty(num_rows, given.max_top),
     )
-    choice = _Choice(tokens.data_ptr(), logprobs.data_ptr(), faults.data_ptr())
-    threads.native.choose(threads.address, logits.data_ptr(), num_rows, width, byref(rules), byref(choice))
-    return tokens, logprobs, faults
+    rules = _ScoreRules(
+        *(given.rules.data_ptr(), given.seats.data_ptr(), _address(given.known), _address(given.counts)),
+        *(_address(given.masks), _address(given.mask_bits)),
+        *((0, 0) if given.mask_bits is None else (given.mask_bits.shape[1], given.mask_bits.shape[0])),
+        *(_address(given.biases), 0 if given.biases is None else len(given.biases)),
+        *(_address(given.forbidden), 0 if given.forbidden is None else len(given.forbidden)),
+    )
+    draws = _Draws(given.seeds.data_ptr(), _address(given.positions))
+    choice = _Choice(
+        *(chosen.token_ids.data_ptr(), chosen.logprobs.data_ptr(), chosen.faults.data_ptr(), given.max_top),
+        *(chosen.num_top.data_ptr(), chosen.top_ids.data_ptr(), chosen.top_logprobs.data_ptr()),
+    )
+    threads.native.choose(
+        *(threads.address, logits.data_ptr(), num_rows, width, byref(rules), byref(draws), byref(choice))
+    )
+    return chosen
 
 
 def _step(rows: StepRows, positions: Tensor | None = None) -> _Step:

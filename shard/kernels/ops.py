@@ -6,7 +6,7 @@ write, and with shapes, so that code that calls them can be traced without being
     decode         all layers of a model; the model and its memory are addresses, which torch does not look behind
     block_maxima   what sampling asks of logits
     log_sums
-    choose         sampling itself, of rows that have no more than temperature and truncation
+    choose         sampling itself, by all its rules; it writes what seats know of their tokens
 
 Torch's dispatcher takes 2 µs of a call, and ten times as long when a step's weights have just passed through the
 caches: a served model's layers and head call `shard.kernels.native` themselves. Each has a function here that calls it
@@ -15,14 +15,14 @@ with types.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Final
+from collections.abc import Callable
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from shard.kernels import native
-from shard.kernels.native import LOGITS_BLOCK, ChoiceRules, Decoder, Library, Options, StepRows
+from shard.kernels.native import LOGITS_BLOCK, ChoiceArguments, Chosen, Decoder, Library, Options, StepRows
 from shard.kernels.packing import Kind, PackedMatrix
 
 _NAMESPACE: Final = torch.library.Library("shardstream", "DEF")  # type: ignore[no-untyped-call]
@@ -74,18 +74,9 @@ def log_sums(rows: Tensor, num_threads: int) -> tuple[Tensor, Tensor]:
     return both
 
 
-def choose(
-    rules: ChoiceRules,
-    logits: Tensor,
-    positions: Sequence[int],
-    forbidden: Sequence[tuple[int, int]],
-    num_threads: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `native.choose`, with what `rules` say."""
-    chosen: tuple[Tensor, Tensor, Tensor] = torch.ops.shardstream.choose.default(
-        logits, *rules.arguments(positions, forbidden), num_threads
-    )
-    return chosen
+def choose(logits: Tensor, given: ChoiceArguments, num_threads: int) -> Chosen:
+    """As `native.choose`."""
+    return Chosen(*torch.ops.shardstream.choose.default(logits, *given, num_threads))
 
 
 def _library() -> Library:
@@ -171,25 +162,21 @@ def _log_sums_shape(rows: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return rows.new_empty(rows.shape[0]), rows.new_empty(rows.shape[0])
 
 
-def _choose(
-    logits: Tensor,
-    temperatures: Tensor,
-    limits: Tensor,
-    seeds: Tensor,
-    positions: Tensor | None,
-    forbidden: Tensor | None,
-    num_threads: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    threads = native.threads(num_threads)
-    return native.choose(logits, temperatures, limits, seeds, positions, forbidden, threads)
+def _choose(logits: Tensor, *given_and_threads: Any) -> Chosen:
+    *given, num_threads = given_and_threads
+    return native.choose(logits, ChoiceArguments(*given), native.threads(num_threads))
 
 
-def _choose_shape(logits: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+def _choose_shape(logits: Tensor, *given_and_threads: Any) -> Chosen:
+    max_top = ChoiceArguments(*given_and_threads[:-1]).max_top
     num_rows = logits.shape[0]
-    return (
+    return Chosen(
         logits.new_empty(num_rows, dtype=torch.int64),
         logits.new_empty(num_rows),
         logits.new_empty(num_rows, dtype=torch.bool),
+        logits.new_empty(num_rows, dtype=torch.int64),
+        logits.new_empty(num_rows, max_top, dtype=torch.int64),
+        logits.new_empty(num_rows, max_top),
     )
 
 
@@ -222,8 +209,9 @@ _register(
 _register("block_maxima(Tensor rows, int num_threads) -> Tensor", _block_maxima, _block_maxima_shape)
 _register("log_sums(Tensor rows, int num_threads) -> (Tensor, Tensor)", _log_sums, _log_sums_shape)
 _register(
-    "choose(Tensor logits, Tensor temperatures, Tensor limits, Tensor seeds, Tensor? positions, Tensor? forbidden, "
-    "int num_threads) -> (Tensor, Tensor, Tensor)",
+    "choose(Tensor logits, Tensor rules, Tensor seeds, Tensor? positions, Tensor? masks, Tensor? mask_bits, "
+    "Tensor seats, Tensor(a!)? known, Tensor(b!)? counts, Tensor? biases, Tensor? forbidden, int max_top, "
+    "int num_threads) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _choose,
     _choose_shape,
 )

@@ -1,5 +1,6 @@
-// The choice of a token: the largest logit, or a draw from the whole vocabulary or from its likeliest tokens; with it its
-// log-probability, and whether the row is fit to choose from.
+// The choice of a token: the largest score, or a draw from the whole vocabulary or from its likeliest tokens; with it its
+// log-probability, those of the likeliest tokens, and whether the row is fit to choose from. Scores are for choosing;
+// log-probabilities are of the logits.
 //
 // All threads look through the rows part by part, so that they share even a single row; then each row's token is found
 // in the part, and for a draw in the block, that holds it, or among those in the blocks with the largest maxima. A row's
@@ -19,24 +20,22 @@ constexpr size_t kFirstLook = 64;
 // What is colder than this is as good as greedy.
 constexpr float kLeastTemperature = 1e-30f;
 
-struct ForbiddenToken {
-  int64_t row;
-  int64_t token;
-};
+// Most tokens as likely as the last of the likeliest that are returned with it.
+constexpr size_t kMaxTopTies = 8;
 
-struct Rules {
-  const double* temperatures;       // of each row; 0: the largest logit is taken
-  const Limits* limits;             // of each row, for those that draw
-  const uint64_t* seeds;            // of each row, for those that draw
-  const int64_t* positions;         // of the tokens to be chosen, in their sequences
-  const ForbiddenToken* forbidden;  // in the order of rows
-  uint64_t num_forbidden;
+struct Draws {
+  const uint64_t* seeds;     // of each row, for those that draw
+  const int64_t* positions;  // of the tokens to be chosen, in their sequences
 };
 
 struct Choice {
   int64_t* tokens;
-  float* logprobs;  // log-softmax of the logits
-  bool* faults;     // a NaN, or no finite maximum; then the other two mean nothing
+  float* logprobs;        // log-softmax of the logits
+  bool* faults;           // a NaN, or no finite maximum; then the rest means nothing
+  uint64_t max_top;       // of a row, ties included
+  int64_t* num_top;       // of each row
+  int64_t* top_tokens;    // [rows, max_top], the most likely first
+  float* top_logprobs;
 };
 
 // As `shard.draw.uniform`.
@@ -52,16 +51,13 @@ inline double uniform(uint64_t seed, int64_t position) {
 
 class Chooser {
  public:
-  Chooser(const float* logits, size_t num_rows, size_t width, const Rules& rules)
-      : logits_(logits), num_rows_(num_rows), width_(width), rules_(rules), num_parts_(parts_of(width)),
-        num_blocks_((width + kLogitsBlock - 1) / kLogitsBlock), parts_(num_rows * num_parts_) {
-    bool any_weighed = false, any_cut = false;
-    for (size_t row = 0; row < num_rows; row++) {
-      any_weighed |= is_weighed(row);
-      any_cut |= is_cut(row);
-    }
-    if (any_weighed) weights_.resize(parts_.size() * kDrawBlocks);
-    if (any_cut) maxima_.resize(num_rows * num_blocks_);
+  Chooser(const float* logits, size_t num_rows, size_t width, const ScoreRules& rules, const Draws& draws)
+      : scores_(logits, width, rules), rules_(rules.rules), num_rows_(num_rows), width_(width), draws_(draws),
+        num_parts_(parts_of(width)), num_blocks_((width + kLogitsBlock - 1) / kLogitsBlock), parts_(num_rows * num_parts_) {
+    const auto any = [&](auto is) { return std::any_of(rules_, rules_ + num_rows, is); };
+    if (any(is_weighed)) weights_.resize(parts_.size() * kDrawBlocks);
+    if (any([](const Rule& rule) { return rule.cuts(); })) maxima_.resize(num_rows * num_blocks_);
+    if (any([](const Rule& rule) { return rule.num_top > 0; })) logit_maxima_.resize(num_rows * num_blocks_);
   }
 
   void choose(Threads& threads, const Choice& choice) {
@@ -71,93 +67,110 @@ class Chooser {
 
  private:
   struct Part {
-    Mass mass;
+    Mass mass;  // of the logits
     bool defined;
-    float peak;  // of what is allowed
+    float peak;  // of the scores
   };
 
-  const float* row_at(size_t row) const { return logits_ + row * width_; }
+  // Of a block's tokens, e^-depth each, where depths are relative to the peak of its part.
+  struct Weight {
+    float sum;
+    float depth_sum;  // each depth by its weight
+  };
+
+  static bool is_weighed(const Rule& rule) { return rule.draws() && (!rule.cuts() || rule.need_mass()); }
+
   size_t size_of(size_t part) const { return std::min(kLogitsPart, width_ - part * kLogitsPart); }
-  bool draws(size_t row) const { return rules_.temperatures[row] > 0; }
-  bool is_cut(size_t row) const { return draws(row) && rules_.limits[row].cut(); }
-  bool is_weighed(size_t row) const { return draws(row) && (!is_cut(row) || rules_.limits[row].need_mass()); }
+  const Part* parts_in(size_t row) const { return &parts_[row * num_parts_]; }
 
   void look_through(size_t row, size_t index) {
-    const size_t start = index * kLogitsPart, size = size_of(index);
+    const size_t start = index * kLogitsPart, size = size_of(index), first_block = row * num_blocks_ + start / kLogitsBlock;
+    const float* logits = scores_.logits(row) + start;
     Part& part = parts_[row * num_parts_ + index];
-    part.mass = mass_of(row_at(row) + start, size);
-    part.defined = are_defined(row_at(row) + start, size);
+    part.mass = mass_of(logits, size);
+    part.defined = are_defined(logits, size);
     alignas(64) float copy[kLogitsPart];
-    const float* allowed = allowed_of(row, start, size, copy);
-    part.peak = allowed == copy ? peak_of(copy, size) : part.mass.peak;
-    if (is_cut(row)) {
-      float* maxima = &maxima_[row * num_blocks_ + start / kLogitsBlock];
-      for (size_t i = 0; i < size; i += kLogitsBlock) *maxima++ = peak_of(allowed + i, std::min(kLogitsBlock, size - i));
-    }
-    if (!is_weighed(row)) return;
+    const float* scores = scores_.at(row, start, size, copy);
+    part.peak = scores == copy ? peak_of(copy, size) : part.mass.peak;
+    if (rules_[row].num_top > 0) write_maxima(logits, size, &logit_maxima_[first_block]);
+    if (rules_[row].cuts()) write_maxima(scores, size, &maxima_[first_block]);
+    if (!is_weighed(rules_[row])) return;
     for (size_t i = 0; i < size; i += kDrawBlock) {
-      Lanes sum = fill(0);
-      weigh(row, allowed + i, std::min(kDrawBlock, size - i), part.peak, [&](size_t, Lanes lanes) { sum = sum + lanes; });
-      weights_[(row * num_parts_ + index) * kDrawBlocks + i / kDrawBlock] = sum_of(sum);
+      Lanes sum = fill(0), depth_sum = fill(0);
+      weigh(row, scores + i, std::min(kDrawBlock, size - i), part.peak, [&](size_t, Lanes exponents, Lanes weights) {
+        sum = sum + weights;
+        depth_sum = depth_sum - weights * max(exponents, fill(-128));  // no weight times no infinity
+      });
+      weights_[(row * num_parts_ + index) * kDrawBlocks + i / kDrawBlock] = {sum_of(sum), sum_of(depth_sum)};
     }
   }
 
-  // The numbers of a row from `start` on with minus infinity in the place of what is forbidden; in `copy` if anything
-  // among them is.
-  const float* allowed_of(size_t row, size_t start, size_t size, float* copy) const {
-    const ForbiddenToken* end = rules_.forbidden + rules_.num_forbidden;
-    const auto precedes = [](const ForbiddenToken& pair, size_t row) { return static_cast<size_t>(pair.row) < row; };
-    const float* allowed = row_at(row) + start;
-    for (const auto* pair = std::lower_bound(rules_.forbidden, end, row, precedes); pair < end; pair++) {
-      if (static_cast<size_t>(pair->row) != row) break;
-      const size_t place = static_cast<size_t>(pair->token) - start;  // huge for tokens before `start`
-      if (place >= size) continue;
-      if (allowed != copy) std::copy_n(allowed, size, copy);
-      allowed = copy;
-      copy[place] = -INFINITY;
-    }
-    return allowed;
+  static void write_maxima(const float* numbers, size_t size, float* maxima) {
+    for (size_t i = 0; i < size; i += kLogitsBlock) *maxima++ = peak_of(numbers + i, std::min(kLogitsBlock, size - i));
   }
 
-  // Calls take(i, e^((number - peak) / temperature)) for each sixteen numbers, from i on.
+  // Calls take(i, (number - peak) / temperature, and e^ that) for each sixteen numbers, from i on.
   template <class Take>
   void weigh(size_t row, const float* numbers, size_t num, float peak, const Take& take) const {
     if (peak == -INFINITY) return;
     const Lanes largest = fill(peak), cold = fill(coldness(row));
-    for (size_t i = 0; i < num; i += kLanes) take(i, exponential((load_until(numbers, i, num) - largest) * cold));
+    for (size_t i = 0; i < num; i += kLanes) {
+      const Lanes exponents = (load_until(numbers, i, num) - largest) * cold;
+      take(i, exponents, exponential(exponents));
+    }
   }
 
   float coldness(size_t row) const {
-    return 1 / std::max(static_cast<float>(rules_.temperatures[row]), kLeastTemperature);
+    return 1 / std::max(static_cast<float>(rules_[row].temperature), kLeastTemperature);
   }
 
   void choose_in(size_t row, const Choice& choice) const {
-    const Part* parts = &parts_[row * num_parts_];
-    float peak = -INFINITY, allowed_peak = -INFINITY;
+    const Part* parts = parts_in(row);
+    float peak = -INFINITY, peak_score = -INFINITY;
     bool defined = true;
     for (size_t p = 0; p < num_parts_; p++) {
       peak = std::max(peak, parts[p].mass.peak);
-      allowed_peak = std::max(allowed_peak, parts[p].peak);
+      peak_score = std::max(peak_score, parts[p].peak);
       defined &= parts[p].defined;
     }
     const bool is_fit = defined && std::isfinite(peak);
-    size_t token = 0;
-    // Where nothing is allowed, the model's own choice stands.
-    if (is_fit && allowed_peak == -INFINITY) token = first_of(row_at(row), width_, peak);
-    else if (is_cut(row) && is_fit) token = drawn_of_likeliest(row, allowed_peak);
-    else if (is_fit) token = draws(row) ? drawn(row, allowed_peak) : likeliest(row, allowed_peak);
+    const size_t token = is_fit ? chosen(row, peak, peak_score) : 0;
+    scores_.note(row, token);
     const double sum = joined_sum(num_parts_, peak, [&](size_t p) { return parts[p].mass; });
+    const float log_sum = static_cast<float>(std::log(sum));
+    const auto logprob_of = [&](size_t id) { return scores_.logits(row)[id] - peak - log_sum; };
     choice.tokens[row] = static_cast<int64_t>(token);
-    choice.logprobs[row] = row_at(row)[token] - peak - static_cast<float>(std::log(sum));
+    choice.logprobs[row] = logprob_of(token);
     choice.faults[row] = !is_fit;
+    const std::vector<Candidate> top = is_fit ? likeliest(row) : std::vector<Candidate>();
+    choice.num_top[row] = static_cast<int64_t>(top.size());
+    for (size_t i = 0; i < choice.max_top; i++) {
+      const size_t id = i < top.size() ? top[i].token : 0;
+      choice.top_tokens[row * choice.max_top + i] = static_cast<int64_t>(id);
+      choice.top_logprobs[row * choice.max_top + i] = logprob_of(id);
+    }
   }
 
-  size_t likeliest(size_t row, float peak) const {
+  size_t chosen(size_t row, float peak, float peak_score) const {
+    if (!std::isfinite(peak_score)) return chosen_by_model(row, peak);
+    if (rules_[row].cuts()) return drawn_of_likeliest(row, peak_score);
+    return rules_[row].draws() ? drawn(row, peak_score) : first_of_largest(row, peak_score);
+  }
+
+  // Where the rules leave no token, the model's own choice stands: among those that masks leave, if there are any.
+  size_t chosen_by_model(size_t row, float peak) const {
+    std::vector<float> copy(width_);
+    const float* masked = scores_.masked(row, 0, width_, copy.data());
+    const float masked_peak = peak_of(masked, width_);
+    return std::isfinite(masked_peak) ? first_of(masked, width_, masked_peak) : first_of(scores_.logits(row), width_, peak);
+  }
+
+  size_t first_of_largest(size_t row, float peak) const {
     size_t part = 0;
-    while (parts_[row * num_parts_ + part].peak != peak) part++;
+    while (parts_in(row)[part].peak != peak) part++;
     const size_t start = part * kLogitsPart, size = size_of(part);
     alignas(64) float copy[kLogitsPart];
-    return start + first_of(allowed_of(row, start, size, copy), size, peak);
+    return start + first_of(scores_.at(row, start, size, copy), size, peak);
   }
 
   // First the block, then the token in it, each by sums from the left. No token of weight zero is drawn.
@@ -165,9 +178,9 @@ class Chooser {
     std::vector<double> sums((width_ + kDrawBlock - 1) / kDrawBlock);
     double sum = 0;
     for (size_t block = 0; block < sums.size(); block++) {
-      sums[block] = sum += factor(row, block, peak) * weights_[row * num_parts_ * kDrawBlocks + block];
+      sums[block] = sum += factor(row, block, peak) * weight_of(row, block).sum;
     }
-    const double wanted = uniform(rules_.seeds[row], rules_.positions[row]) * sum;
+    const double wanted = uniform(draws_.seeds[row], draws_.positions[row]) * sum;
     auto found = std::upper_bound(sums.begin(), sums.end(), wanted);
     if (found == sums.end()) found = std::lower_bound(sums.begin(), sums.end(), sum);  // rounding stepped over the end
     const size_t block = static_cast<size_t>(found - sums.begin()), start = block * kDrawBlock;
@@ -177,63 +190,88 @@ class Chooser {
 
   // Among few candidates, if these hold all that the limits leave, else among all that they can leave.
   size_t drawn_of_likeliest(size_t row, float peak) const {
-    const Limits& limits = rules_.limits[row];
-    const Scale scale{peak, rules_.temperatures[row]};
+    const Rule& rule = rules_[row];
+    const Scale scale{peak, rule.temperature};
     const float* maxima = &maxima_[row * num_blocks_];
-    const double mass = limits.need_mass() ? mass_at_temperature(row, peak) : 0;
-    const float least = least_within(limits, scale, maxima, num_blocks_, width_, mass);
-    float looked_at = limits.need_mass() ? std::max(least, nth_largest(maxima, num_blocks_, kFirstLook)) : least;
+    const Total total = rule.need_mass() ? total_of(row, peak) : Total{};
+    const float least = least_within(rule, scale, maxima, num_blocks_, width_, total);
+    float looked_at = least;
+    // What is deeper than twice the mean is less typical than the likeliest token.
+    if (rule.is_typical_alone()) looked_at = std::max(least, scale.score_below(2 * total.mean_depth));
+    else if (rule.need_mass()) looked_at = std::max(least, nth_largest(maxima, num_blocks_, kFirstLook));
     for (;;) {
-      std::vector<Candidate> candidates = candidates_of(row, looked_at);
+      const auto scores_at = [&](size_t start, size_t size, float* copy) { return scores_.at(row, start, size, copy); };
+      std::vector<Candidate> candidates = candidates_of(scores_at, maxima, looked_at);
       sort(candidates);
-      const std::vector<double> sums = sums_within(limits, candidates, scale, mass);
-      if (sums.size() < candidates.size() || looked_at == least) {
-        const double wanted = uniform(rules_.seeds[row], rules_.positions[row]) * sums.back();
-        return candidates[static_cast<size_t>(std::upper_bound(sums.begin(), sums.end(), wanted) - sums.begin())].token;
+      const Kept kept = kept_within(rule, candidates, scale, total);
+      if (kept.is_certain || looked_at == least) {
+        const double wanted = uniform(draws_.seeds[row], draws_.positions[row]) * kept.sums.back();
+        const auto found = std::upper_bound(kept.sums.begin(), kept.sums.end(), wanted);
+        return candidates[kept.first + static_cast<size_t>(found - kept.sums.begin())].token;
       }
       looked_at = least;
     }
   }
 
-  double mass_at_temperature(size_t row, float peak) const {
-    double sum = 0;
-    for (size_t block = 0; block * kDrawBlock < width_; block++) {
-      sum += factor(row, block, peak) * weights_[row * num_parts_ * kDrawBlocks + block];
-    }
-    return sum;
+  // By logit, with some of those as likely as the last.
+  std::vector<Candidate> likeliest(size_t row) const {
+    const size_t num = static_cast<size_t>(rules_[row].num_top);
+    if (num == 0) return {};
+    const float* maxima = &logit_maxima_[row * num_blocks_];
+    const auto logits_at = [&](size_t start, size_t, float*) { return scores_.logits(row) + start; };
+    std::vector<Candidate> candidates = candidates_of(logits_at, maxima, nth_largest(maxima, num_blocks_, num));
+    sort(candidates);
+    candidates.resize(std::min(num_within_top_k(candidates, num), num + kMaxTopTies));
+    return candidates;
   }
 
-  // Those tokens of a row whose logits are not below `least`, in the order of tokens.
-  std::vector<Candidate> candidates_of(size_t row, float least) const {
+  Total total_of(size_t row, float peak) const {
+    double mass = 0, depth_sum = 0;
+    for (size_t block = 0; block * kDrawBlock < width_; block++) {
+      const Weight& weight = weight_of(row, block);
+      if (weight.sum == 0) continue;
+      mass += factor(row, block, peak) * weight.sum;
+      depth_sum += factor(row, block, peak) * (weight.depth_sum + weight.sum * depth_of_part(row, block, peak));
+    }
+    return {mass, depth_sum / mass};
+  }
+
+  // Those tokens of a row whose numbers are not below `least`, in the order of tokens; `maxima` are of its blocks.
+  template <class NumbersAt>
+  std::vector<Candidate> candidates_of(const NumbersAt& numbers_at, const float* maxima, float least) const {
     std::vector<Candidate> found;
     size_t num_found = 0;
     for (size_t start = 0; start < width_; start += kLogitsBlock) {
-      if (maxima_[row * num_blocks_ + start / kLogitsBlock] < least) continue;
+      if (maxima[start / kLogitsBlock] < least) continue;
       const size_t size = std::min(kLogitsBlock, width_ - start);
       alignas(64) float copy[kLogitsBlock];
-      const float* allowed = allowed_of(row, start, size, copy);
+      const float* numbers = numbers_at(start, size, copy);
       found.resize(num_found + size);
       for (size_t i = 0; i < size; i++) {  // without a branch that nobody could foresee
-        found[num_found] = {rank_of(allowed[i]), static_cast<uint32_t>(start + i)};
-        num_found += allowed[i] >= least;
+        found[num_found] = {rank_of(numbers[i]), static_cast<uint32_t>(start + i)};
+        num_found += numbers[i] >= least;
       }
     }
     found.resize(num_found);
     return found;
   }
 
-  // What the weights of a block, which are relative to the peak of its part, are in relation to that of the row.
-  double factor(size_t row, size_t block, float peak) const {
-    const float part_peak = parts_[row * num_parts_ + block / kDrawBlocks].peak;
-    return std::exp((static_cast<double>(part_peak) - peak) * coldness(row));
+  const Weight& weight_of(size_t row, size_t block) const { return weights_[row * num_parts_ * kDrawBlocks + block]; }
+
+  // How much deeper a block's tokens, whose depths are relative to the peak of its part, are below that of the row.
+  double depth_of_part(size_t row, size_t block, float peak) const {
+    return (static_cast<double>(peak) - parts_in(row)[block / kDrawBlocks].peak) * coldness(row);
   }
+
+  double factor(size_t row, size_t block, float peak) const { return std::exp(-depth_of_part(row, block, peak)); }
 
   // The place in a block at which the weights before it and its own exceed `wanted`.
   size_t drawn_in(size_t row, size_t start, double wanted) const {
     const size_t num = std::min(kDrawBlock, width_ - start);
     alignas(64) float copy[kDrawBlock], weights[kDrawBlock];
-    const float peak = parts_[row * num_parts_ + start / kLogitsPart].peak;
-    weigh(row, allowed_of(row, start, num, copy), num, peak, [&](size_t i, Lanes lanes) { store(weights + i, lanes); });
+    const float peak = parts_in(row)[start / kLogitsPart].peak;
+    const float* scores = scores_.at(row, start, num, copy);
+    weigh(row, scores, num, peak, [&](size_t i, Lanes, Lanes lanes) { store(weights + i, lanes); });
     size_t place = 0;
     double sum = 0;
     for (size_t i = 0; i < num && sum <= wanted; i++) {
@@ -243,15 +281,17 @@ class Chooser {
     return place;
   }
 
-  const float* logits_;
+  Scores scores_;
+  const Rule* rules_;  // of each row
   size_t num_rows_;
   size_t width_;
-  const Rules& rules_;
+  const Draws& draws_;
   size_t num_parts_;
   size_t num_blocks_;
   std::vector<Part> parts_;
-  std::vector<float> weights_;  // of blocks, relative to the peak of their part
-  std::vector<float> maxima_;   // of blocks of logits that are allowed, in the rows that draw from the likeliest tokens
+  std::vector<Weight> weights_;      // of blocks for draws, in the rows that need them
+  std::vector<float> maxima_;        // of blocks of scores, in the rows that draw from the likeliest tokens
+  std::vector<float> logit_maxima_;  // of blocks of logits, in the rows whose likeliest tokens are wanted
 };
 
 }  // namespace shardstream

@@ -151,9 +151,9 @@ void shardstream_log_sums(Threads* threads, const float* logits, uint64_t num_ro
   log_sums_of(*threads, logits, num_rows, width, peaks, log_sums);
 }
 
-void shardstream_choose(Threads* threads, const float* logits, uint64_t num_rows, uint64_t width, const Rules* rules,
-                        const Choice* choice) {
-  Chooser(logits, num_rows, width, *rules).choose(*threads, *choice);
+void shardstream_choose(Threads* threads, const float* logits, uint64_t num_rows, uint64_t width, const ScoreRules* rules,
+                        const Draws* draws, const Choice* choice) {
+  Chooser(logits, num_rows, width, *rules, *draws).choose(*threads, *choice);
 }
 
 Peers* shardstream_peers(const char* path, uint64_t rank, uint64_t count, uint64_t slot_bytes, double timeout_s) {
