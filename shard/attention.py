@@ -8,6 +8,8 @@ is used, not the mask registry: then transformers builds no mask at all and caus
     DecodeWork rows that feed one token, batched: their blocks are gathered side by side, padded to the longest
     PromptWork one run of a longer row's queries, against all the blocks it may look at
 
+On GPUs FlashAttention reads the blocks where they are instead, if it knows the model's heads and options.
+
 A step's work is laid out once per (window, dtype) and reused by every layer with that window. Queries of one KV head's
 group are folded into the query axis where they share a mask, so that keys are never repeated.
 
@@ -21,12 +23,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Final, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 from shard.errors import LoadError
@@ -34,6 +37,7 @@ from shard.kernels import ops
 from shard.kernels.native import MAX_HEAD_WIDTH, PLACES, Options, StepRows
 from shard.kernels.packing import LANES
 from shard.kv_cache import KVCache, LayerShape
+from shard.transfer import to_device
 
 NAME: Final = "shardstream"
 """What our function is called in transformers' registry."""
@@ -140,10 +144,10 @@ class AttentionBatch:
     ) -> AttentionBatch:
         """Rows with no tokens are not allowed; `block_tables` is [R, max_blocks] of any integer type."""
         return cls(
-            slots=slots.to(device),
+            slots=to_device(slots, device),
             query_starts=query_starts,
             context_lens=context_lens,
-            block_tables=block_tables.to(device=device, dtype=torch.int64),
+            block_tables=to_device(block_tables.long(), device),
             block_size=block_size,
         )
 
@@ -274,7 +278,7 @@ class _Layout:
         return torch.zeros(seen.shape, dtype=self.dtype, device=self.device).masked_fill_(~seen, float("-inf"))
 
     def _tensor(self, values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.device)
+        return to_device(torch.tensor(values, dtype=torch.int64), self.device)
 
 
 class Attend(Protocol):
@@ -333,6 +337,78 @@ class PagedAttention:
         return output[0].transpose(0, 1)
 
 
+def flash_dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
+    """The numbers in which FlashAttention is made for a device, if it is at all."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+        return ()
+    return torch.float16, torch.bfloat16
+
+
+class VarlenAttention:
+    """The same by torch's FlashAttention, which reads the blocks through the tables.
+
+    Its queries are the last of their row's keys (`seqused_k` says how many there are): FlashAttention aligns causality
+    and windows with the ends of both (bottom right, as its README has it since version 2.1), so that a chunk's first
+    query sees what is before the chunk and itself. A window of (w, 0) is w keys before a query's own.
+
+    With `num_splits=1` a row's numbers do not depend on its company. And it must be: what torch 2.13 chooses itself
+    over paged keys may leave rows unwritten (pytorch issue 194167) or not finite (torchtitan issue 3235).
+
+    Not run on a GPU yet: tests run the same call with a plain kernel of the same meaning in FlashAttention's place.
+    """
+
+    PLACES: Final = 256
+    """Places of a block: FlashAttention 2 takes multiples of it only."""
+    MAX_HEAD_WIDTH: Final = 256
+
+    def __init__(self, batch: AttentionBatch, cache: KVCache) -> None:
+        self._cache = cache
+        self._slots = batch.slots
+        self._tables = batch.block_tables.int()
+        starts, contexts = batch.query_starts, batch.context_lens
+        # All in one copy. The keys' ends say nothing that the contexts don't, but the kernel insists on them.
+        lengths = torch.tensor([*starts, *accumulate(contexts, initial=0), *contexts], dtype=torch.int32)
+        sizes = [len(starts), len(starts), len(contexts)]
+        on_device = torch.split(to_device(lengths, batch.slots.device), sizes)
+        self._query_starts, self._key_starts, self._contexts = on_device
+        self._max_queries = max(stop - start for start, stop in pairwise(starts))
+        self._max_keys = max(contexts)
+
+    @classmethod
+    def suits(
+        cls, layers: Iterable[LayerShape], options: Iterable[AttentionOptions], dtype: torch.dtype, device: torch.device
+    ) -> bool:
+        """Whether the kernel is made for the device, and knows such heads, options and numbers."""
+        return (
+            dtype in flash_dtypes(device)
+            and not any(option.explicit for option in options)
+            and all(
+                layer.key_dim == layer.value_dim <= cls.MAX_HEAD_WIDTH and layer.key_dim % 8 == 0 for layer in layers
+            )
+        )
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
+        self._cache.write(layer, self._slots, key, value)
+        keys, values = self._cache.pages(layer)
+        attended = varlen_attn(
+            query,
+            keys,
+            values,
+            self._query_starts,
+            self._key_starts,
+            self._max_queries,
+            self._max_keys,
+            scale=options.scaling,
+            window_size=(-1 if options.window is None else options.window - 1, 0),
+            enable_gqa=query.shape[1] != key.shape[1],
+            seqused_k=self._contexts,
+            block_table=self._tables,
+            num_splits=1,
+        )
+        assert isinstance(attended, Tensor), "log-sum-exps come only if they are asked for"
+        return attended
+
+
 class NativeAttention:
     """The same in one native call a layer. It lays out blocks in its own way: an epoch has one kind of attention."""
 
@@ -342,8 +418,10 @@ class NativeAttention:
         self._num_threads = num_threads if batch.num_scores() > MAX_SCORES_ALONE else 1
 
     @staticmethod
-    def suits(layers: Iterable[LayerShape], block_size: int, dtype: torch.dtype) -> bool:
-        """Whether the native operation knows such blocks, heads and numbers."""
+    def suits(
+        layers: Iterable[LayerShape], options: Iterable[AttentionOptions], block_size: int, dtype: torch.dtype
+    ) -> bool:
+        """Whether the native operation knows such blocks, heads, options and numbers."""
         return (
             block_size == PLACES
             and dtype in (torch.float32, torch.bfloat16)

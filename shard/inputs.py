@@ -4,7 +4,8 @@ A seat is a sequence's row in a table of block ids and its number of tokens fed 
 stays in the router. Each rank applies the same plans in the same order and so holds the same mirror.
 
 Most steps do what the step before did, one place further on: each row feeds its seat's last sampled token and chooses
-the next. On a CPU, where the model reads the host's memory, their tensors are moved on and not made again.
+the next. On a CPU, where the model reads the host's memory, their tensors are moved on and not made again. On a device
+that works by itself all numbers of a step get there in one copy, for which nothing waits.
 """
 
 from __future__ import annotations
@@ -20,11 +21,10 @@ from torch import Tensor
 
 from proto import shard_pb2 as pb
 from shard.attention import AttentionBatch
-from shard.kernels.native import StepRows
 from shard.sampler import SamplingParams
+from shard.transfer import Int64Array, all_to_device, works_by_itself
 
 Int32Array = npt.NDArray[np.int32]
-Int64Array = npt.NDArray[np.int64]
 
 TABLE_STEP: Final = 16
 """Tables are a multiple of so many blocks wide, so that a step's rows find room in them for a while."""
@@ -76,14 +76,13 @@ class _Decoding:
 
     @classmethod
     def of(cls, inputs: ModelInputs) -> _Decoding:
-        batch, contexts = inputs.batch, torch.tensor(inputs.batch.context_lens)
-        starts = torch.arange(inputs.num_rows + 1)
-        rows = StepRows(slots=batch.slots, starts=starts, contexts=contexts, tables=batch.block_tables)
+        batch = inputs.batch
+        rows = batch.step_rows()
         return cls(
             inputs=replace(inputs, batch=replace(batch, native_rows=rows)),
             seats=inputs.emit_seat_index.numpy(),
             positions=inputs.positions.numpy(),
-            contexts=contexts.numpy(),
+            contexts=rows.contexts.numpy(),
             slots=batch.slots.numpy(),
             tables=batch.block_tables.numpy(),
             num_left=batch.block_tables.shape[1] * batch.block_size - max(batch.context_lens),
@@ -158,7 +157,7 @@ class Seats:
         if not self._is_open[seats].all():
             raise PlanError(f"a row continues a closed seat: {seats[~self._is_open[seats]].tolist()}")
         self._append_new_blocks(plan)
-        query_starts = np.concatenate(([0], np.cumsum(num_tokens)))
+        query_starts: Int64Array = np.concatenate(([0], np.cumsum(num_tokens)))
         starts = self._num_tokens[seats]
         context_lens = starts + num_tokens
         if (context_lens > self._num_blocks[seats] * self.block_size).any():
@@ -174,35 +173,40 @@ class Seats:
         blocks = self._tables[token_seats, positions // self.block_size].astype(np.int64)
         slots = blocks * self.block_size + positions % self.block_size
         tables = self._tables[seats, : self._table_width(context_lens)].astype(np.int64)
-        batch = AttentionBatch.build(
-            slots=torch.from_numpy(slots),
+        emit_rows, num_before_end = _emit_places(plan)
+        emit_index = query_starts[1:][emit_rows] - num_before_end
+        emit_seats = seats[emit_rows]
+        target_index, target_rows = _target_index(plan, query_starts)
+        targets = np.fromiter(plan.targets, dtype=np.int64, count=len(plan.targets))
+        of_step = [slots, tables.reshape(-1), positions, emit_index, emit_seats, target_index, targets]
+        d_slots, d_tables, d_positions, d_emit_index, d_emit_seats, d_target_index, d_targets, *d_fed = all_to_device(
+            [*of_step, *_fed(plan, seats, query_starts, one_each)], self.device
+        )
+        batch = AttentionBatch(
+            slots=d_slots,
             query_starts=query_starts.tolist(),
             context_lens=context_lens.tolist(),
-            block_tables=torch.from_numpy(tables),
+            block_tables=d_tables.view(tables.shape),
             block_size=self.block_size,
-            device=self.device,
         )
-        emit_rows, num_before_end = _emit_places(plan)
-        target_index, target_rows = _target_index(plan, query_starts)
-        emit_seats = seats[emit_rows]
         inputs = ModelInputs(
             num_rows=len(seats),
-            input_ids=self._input_ids(plan, seats, query_starts, one_each),
-            positions=torch.from_numpy(positions).to(self.device),
+            input_ids=self._input_ids(*d_fed),
+            positions=d_positions,
             batch=batch,
             emit_rows=emit_rows.tolist(),
             emit_seats=emit_seats.tolist(),
             emit_positions=(context_lens[emit_rows] - num_before_end + 1).tolist(),
             emit_drafts=_emit_drafts(plan) if plan.row_num_drafts else [],
-            emit_index=torch.from_numpy(query_starts[1:][emit_rows] - num_before_end).to(self.device),
-            emit_seat_index=torch.from_numpy(emit_seats).to(self.device),
-            target_index=torch.from_numpy(target_index).to(self.device),
-            targets=torch.tensor(plan.targets, dtype=torch.int64, device=self.device),
+            emit_index=d_emit_index,
+            emit_seat_index=d_emit_seats,
+            target_index=d_target_index,
+            targets=d_targets,
             target_seats=seats[target_rows].tolist(),
             target_positions=(positions[target_index] + 1).tolist(),
         )
         self._decoding = None
-        if one_each and len(emit_rows) == len(seats) and not plan.targets and self.device.type == "cpu":
+        if one_each and len(emit_rows) == len(seats) and not plan.targets and not works_by_itself(self.device):
             self._decoding = _Decoding.of(inputs)
             return self._decoding.inputs
         return inputs
@@ -247,25 +251,34 @@ class Seats:
                 self._append_blocks(seat, plan.new_blocks[start : start + count])
                 start += count
 
-    def _input_ids(self, plan: pb.StepPlan, seats: Int64Array, query_starts: Int64Array, one_each: bool) -> Tensor:
-        """[T] the literals, and the last sampled token of the rows that have none."""
-        if one_each and not plan.literals and not any(plan.row_num_literals):
-            return self.last_token[torch.from_numpy(seats).to(self.device)]
-        num_literals = np.fromiter(plan.row_num_literals, dtype=np.int64, count=len(seats))
-        num_tokens = np.diff(query_starts)
-        fed = num_literals == 0
-        if (num_tokens[fed] != 1).any() or (num_literals[~fed] != num_tokens[~fed]).any():
-            raise PlanError("a row's literals are not all of its tokens")
-        is_literal = np.repeat(~fed, num_tokens)
-        if int(is_literal.sum()) != len(plan.literals):
-            raise PlanError(f"{len(plan.literals)} literals for {int(is_literal.sum())} places")
-        host = np.zeros(len(is_literal), dtype=np.int64)
-        host[is_literal] = plan.literals
-        input_ids = torch.from_numpy(host).to(self.device)
-        if fed.any():
-            places = torch.from_numpy(query_starts[:-1][fed]).to(self.device)
-            input_ids[places] = self.last_token[torch.from_numpy(seats[fed]).to(self.device)]
-        return input_ids
+    def _input_ids(self, literals: Tensor, fed_places: Tensor, fed_seats: Tensor) -> Tensor:
+        """[T] the literals, and in the other places the last sampled tokens of their seats."""
+        if not len(fed_places):
+            return literals
+        if not len(literals):
+            return self.last_token[fed_seats]
+        literals[fed_places] = self.last_token[fed_seats]
+        return literals
+
+
+def _fed(
+    plan: pb.StepPlan, seats: Int64Array, query_starts: Int64Array, one_each: bool
+) -> tuple[Int64Array, Int64Array, Int64Array]:
+    """[T] the literals, [F] where in them a token is missing, and [F] whose last sampled one that is; no literals at
+    all if every token is missing."""
+    if one_each and not plan.literals and not any(plan.row_num_literals):
+        return _NOTHING, query_starts[:-1], seats
+    num_literals = np.fromiter(plan.row_num_literals, dtype=np.int64, count=len(seats))
+    num_tokens = np.diff(query_starts)
+    fed = num_literals == 0
+    if (num_tokens[fed] != 1).any() or (num_literals[~fed] != num_tokens[~fed]).any():
+        raise PlanError("a row's literals are not all of its tokens")
+    is_literal = np.repeat(~fed, num_tokens)
+    if int(is_literal.sum()) != len(plan.literals):
+        raise PlanError(f"{len(plan.literals)} literals for {int(is_literal.sum())} places")
+    literals = np.zeros(len(is_literal), dtype=np.int64)
+    literals[is_literal] = plan.literals
+    return literals, query_starts[:-1][fed], seats[fed]
 
 
 def _repeated(plan: pb.StepPlan) -> pb.StepPlan:

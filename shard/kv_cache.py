@@ -64,6 +64,11 @@ class KVCache:
         """Every layer's keys and values, for operations that lay out blocks in their own way."""
         return list(zip(self._keys, self._values, strict=True))
 
+    def pages(self, layer: int) -> tuple[Tensor, Tensor]:
+        """The blocks' keys [num_blocks, block_size, kv_heads, key_dim], and values with value_dim, in place."""
+        shape = (self.num_blocks, self.block_size, self.layers[layer].kv_heads, -1)
+        return self._keys[layer].view(shape), self._values[layer].view(shape)
+
     def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> None:
         """Stores `key` [T, kv_heads, key_dim] and `value` [T, kv_heads, value_dim] at `slots` [T] int64.
 

@@ -23,6 +23,8 @@ def configure_logging(rank: int, *, as_json: bool) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter(rank) if as_json else plain)
     logging.basicConfig(level=level, handlers=[handler])
+    # It would say at every layer of every step which kernels it uses.
+    logging.getLogger("torch.nn.attention.varlen").setLevel(max(level, logging.WARNING))
 
 
 class JsonFormatter(logging.Formatter):

@@ -2,7 +2,7 @@
 
     load_model    config.json → modules on the meta device → this rank's weights → joined with the other ranks
                   → probed (what reaches attention?) → self-tested → fused where the CPU can, or else given native
-                  attention → tested again → ready
+                  attention, on GPUs FlashAttention → tested again → ready
     Model.hidden  the backbone on one packed step: [1, T] tokens, positions restarting at every row
     Model.logits  the rest of the causal model on chosen rows, so that each family's own scaling and capping applies
 
@@ -17,8 +17,9 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Final
 
@@ -33,6 +34,7 @@ from shard.attention import (
     NativeAttention,
     PagedAttention,
     ShapeProbe,
+    VarlenAttention,
     attending,
     install,
 )
@@ -53,6 +55,9 @@ BLOCK_SIZE: Final = 16
 SELF_TEST_CHUNKS: Final = (5, 1, 9, 4)
 """Tokens per step of the self-test's prompt: starting, single, crossing a block, ending in one."""
 
+FLASH_TEST_CHUNKS: Final = (250, 1, 9, 4)
+"""The same for FlashAttention's longer blocks."""
+
 # Relative distance between all the dense and all the paged hidden states. Right ones differ by rounding, on SmolLM2
 # 1e-6 in float32 and 0.03 in bfloat16; wrong positions or lost keys make it 0.2 and more.
 _MAX_DISTANCE: Final = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.03}
@@ -64,6 +69,14 @@ _KINDS: Final = {torch.float32: Kind.FLOAT32, torch.bfloat16: Kind.BFLOAT16}
 
 # These rescale positions by the longest one in a packed step, so rows would change each other past the trained length.
 _LENGTH_DEPENDENT_ROPE: Final = ("dynamic", "longrope")
+
+
+Attention = Callable[[AttentionBatch, KVCache], Attend]
+"""How the layers of a step attend."""
+
+
+def native_attention(batch: AttentionBatch, cache: KVCache) -> Attend:
+    return NativeAttention(batch, cache, torch.get_num_threads())
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,17 +136,21 @@ class Model:
         self.max_positions = facts.max_positions
         self.dtype = dtype
         self.device = device
-        self.block_size = block_size
-        self.bytes_per_block = bytes_per_block(layers, block_size, dtype)
         self._layers = layers
+        self.attend_by(PagedAttention, block_size)
         self._cache: KVCache | None = None
         self._backbone = causal.base_model
         self._fused: FusedDecoder | None = None
-        self._attends_natively = False
         self._packed_head: PackedHead | None = None
         """All that is between hidden states and logits, if it is no more than that."""
         self._head = causal
         setattr(causal, causal.base_model_prefix, _HandBack())
+
+    def attend_by(self, attention: Attention, block_size: int) -> None:
+        """Says how layers that are not fused attend from the next `allocate` on, and over which blocks."""
+        self.attention = attention
+        self.block_size = block_size
+        self.bytes_per_block = bytes_per_block(self._layers, block_size, self.dtype)
 
     def allocate(self, num_blocks: int) -> None:
         """Empty KV memory for an epoch, instead of the former."""
@@ -154,12 +171,7 @@ class Model:
         assert self._cache is not None, "a step before KV memory was allocated"
         if self._fused is not None:
             return self._fused.hidden(input_ids, positions, batch, self._cache)
-        return _run(self._backbone, input_ids, positions, self._attend(batch, self._cache))
-
-    def _attend(self, batch: AttentionBatch, cache: KVCache) -> Attend:
-        if self._attends_natively:
-            return NativeAttention(batch, cache, torch.get_num_threads())
-        return PagedAttention(batch, cache)
+        return _run(self._backbone, input_ids, positions, self.attention(batch, self._cache))
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -231,7 +243,8 @@ def load_model(
             raise LoadError(f"quantised weights need fused layers: {reason}") from reason
         log.info("layers are not fused: %s", reason)
         if use_native:
-            _attend_natively(model, expected)
+            _attend_natively(model, probe, expected)
+        _attend_by_flash(model, probe)
     return model
 
 
@@ -397,17 +410,14 @@ class _Expected:
     hidden: Tensor  # [n, width]
 
     def distance(self, hidden: Tensor) -> float:
-        """Relative; not below any limit when something is not finite."""
-        return float((self.hidden - hidden).float().norm() / self.hidden.float().norm())
+        """Relative, of [rows, n, width]; not below any limit when something is not finite."""
+        return float((self.hidden - hidden).float().norm() / self.hidden.expand_as(hidden).float().norm())
 
 
 def _self_test(model: Model) -> _Expected:
     """A short prompt, dense by transformers' own attention against paged in odd chunks, on the loaded weights."""
-    num_tokens = min(sum(SELF_TEST_CHUNKS), model.max_positions or sum(SELF_TEST_CHUNKS))
-    input_ids = (torch.arange(num_tokens, device=model.device) * 7919 + 11) % model.vocab_size
-    positions = torch.arange(num_tokens, device=model.device)
-    expected = _Expected(input_ids, positions, model.dense_hidden(input_ids, positions))
-    distance = expected.distance(_paged_hidden(model, input_ids, positions))
+    expected = _expected(model, SELF_TEST_CHUNKS)
+    distance = expected.distance(_paged_hidden(model, expected, SELF_TEST_CHUNKS))
     limit = _MAX_DISTANCE[model.dtype]
     if not distance <= limit:
         raise LoadError(
@@ -416,6 +426,13 @@ def _self_test(model: Model) -> _Expected:
         )
     log.info("self-test: paged attention differs from dense by %.1e", distance)
     return expected
+
+
+def _expected(model: Model, chunks: Sequence[int]) -> _Expected:
+    num_tokens = min(sum(chunks), model.max_positions or sum(chunks))
+    input_ids = (torch.arange(num_tokens, device=model.device) * 7919 + 11) % model.vocab_size
+    positions = torch.arange(num_tokens, device=model.device)
+    return _Expected(input_ids, positions, model.dense_hidden(input_ids, positions))
 
 
 @torch.inference_mode()
@@ -437,7 +454,7 @@ def _fuse(model: Model, probe: ShapeProbe, expected: _Expected, kind: Kind | Non
     head_kind = Kind.INT8 if kind is Kind.INT4 else kind
     head = pack_head(getattr(model._head, "lm_head", None), head_kind, threads)
     model._fused = fused
-    distance = expected.distance(_paged_hidden(model, expected.input_ids, expected.positions))
+    distance = expected.distance(_paged_hidden(model, expected, SELF_TEST_CHUNKS))
     if not distance <= _MAX_FUSED_DISTANCE[kind]:
         model._fused = None
         raise NotFusable(f"they differ from the modules by {distance:.2g}, more than {_MAX_FUSED_DISTANCE[kind]:g}")
@@ -449,39 +466,69 @@ def _fuse(model: Model, probe: ShapeProbe, expected: _Expected, kind: Kind | Non
     log.info("layers are fused (%s): they differ from the modules by %.1e", kind.name.lower(), distance)
 
 
-def _attend_natively(model: Model, expected: _Expected) -> None:
+def _attend_natively(model: Model, probe: ShapeProbe, expected: _Expected) -> None:
     """Lets the modules attend by the native operation if that does the same on the loaded weights."""
-    suits = NativeAttention.suits(model._layers, model.block_size, model.dtype)
-    if model.device.type != "cpu" or native.library() is None or not suits:
-        return
-    model._attends_natively = True
-    distance = expected.distance(_paged_hidden(model, expected.input_ids, expected.positions))
-    if distance <= _MAX_DISTANCE[model.dtype]:
-        log.info("attention is native: it differs from dense by %.1e", distance)
+    suits = NativeAttention.suits(model._layers, probe.options.values(), model.block_size, model.dtype)
+    if model.device.type == "cpu" and native.library() is not None and suits:
+        _attend_better(model, "native", native_attention, model.block_size, expected, SELF_TEST_CHUNKS)
+
+
+def _attend_by_flash(model: Model, probe: ShapeProbe) -> None:
+    """Lets the modules attend by FlashAttention if that does the same on the loaded weights."""
+    if VarlenAttention.suits(model._layers, probe.options.values(), model.dtype, model.device):
+        expected = _expected(model, FLASH_TEST_CHUNKS)
+        _attend_better(model, "FlashAttention", VarlenAttention, VarlenAttention.PLACES, expected, FLASH_TEST_CHUNKS)
+
+
+def _attend_better(
+    model: Model, name: str, attention: Attention, block_size: int, expected: _Expected, chunks: Sequence[int]
+) -> None:
+    """Changes how the modules attend, or leaves it with a warning: what is replaced has proved right and serves on."""
+    proved = model.attention, model.block_size
+    model.attend_by(attention, block_size)
+    try:
+        distance = expected.distance(_paged_hidden(model, expected, chunks))
+        fault = "" if distance <= _MAX_DISTANCE[model.dtype] else f"it differs from dense by {distance:.2g}"
+    except RuntimeError as error:  # a kernel that is missing here, or refuses what it is given
+        fault = _first_line(error)
+    if fault:
+        model.release()
+        model.attend_by(*proved)
+        log.warning("attention is not %s: %s", name, fault)
     else:
-        model._attends_natively = False
-        log.warning("attention is not native: it differs from dense by %.2g", distance)
+        log.info("attention is %s: it differs from dense by %.1e", name, distance)
 
 
-def _paged_hidden(model: Model, input_ids: Tensor, positions: Tensor) -> Tensor:
-    num_blocks = -(-len(input_ids) // model.block_size)
-    table = torch.arange(num_blocks, 0, -1)  # backwards: a block's place must not matter
-    model.allocate(num_blocks + 1)
-    parts, start = [], 0
-    for chunk in SELF_TEST_CHUNKS:
-        stop = min(start + chunk, len(input_ids))
-        if start == stop:
-            break
-        at = torch.arange(start, stop)
+def _paged_hidden(model: Model, expected: _Expected, chunks: Sequence[int]) -> Tensor:
+    """[2, n, width]: the prompt in chunks, and the same in a second row, which is a chunk behind the first."""
+    stops = [min(stop, len(expected.input_ids)) for stop in accumulate(chunks, initial=0)]
+    spans = [(start, stop) for start, stop in pairwise(stops) if start < stop]
+    num_blocks = -(-stops[-1] // model.block_size)
+    tables = torch.arange(2 * num_blocks, 0, -1).view(2, num_blocks)  # backwards: a block's place must not matter
+    model.allocate(2 * num_blocks + 1)
+    parts: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for step in range(len(spans) + 1):
+        rows = [row for row in (0, 1) if 0 <= step - row < len(spans)]
+        fed = [slice(*spans[step - row]) for row in rows]
+        slots = [_slots(tables[row], span, model.block_size) for row, span in zip(rows, fed, strict=True)]
         batch = AttentionBatch.build(
-            slots=table[at // model.block_size] * model.block_size + at % model.block_size,
-            query_starts=[0, stop - start],
-            context_lens=[stop],
-            block_tables=table[None],
+            slots=torch.cat(slots),
+            query_starts=list(accumulate(map(len, slots), initial=0)),
+            context_lens=[span.stop for span in fed],
+            block_tables=tables[rows],
             block_size=model.block_size,
             device=model.device,
         )
-        parts.append(model.hidden(input_ids[start:stop], positions[start:stop], batch))
-        start = stop
+        input_ids = torch.cat([expected.input_ids[span] for span in fed])
+        positions = torch.cat([expected.positions[span] for span in fed])
+        hidden = model.hidden(input_ids, positions, batch)
+        for row, part in zip(rows, torch.split(hidden, [len(of_row) for of_row in slots]), strict=True):
+            parts[row].append(part)
     model.release()
-    return torch.cat(parts)
+    return torch.stack([torch.cat(of_row) for of_row in parts])
+
+
+def _slots(table: Tensor, span: slice, block_size: int) -> Tensor:
+    """Where a row's tokens at those positions are written."""
+    at = torch.arange(span.start, span.stop)
+    return table[at // block_size] * block_size + at % block_size

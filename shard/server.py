@@ -1,7 +1,9 @@
 """The gRPC face of a rank: one Execute stream at a time, plans handed to the model thread in order.
 
 The event loop never touches a tensor, but shares the interpreter with the model thread, which needs it between two
-forward passes and hardly ever within one. So the answer of a step is handed over when the next pass begins.
+forward passes and hardly ever within one. So the answer of a step is handed over when the next pass begins. Where the
+device works by itself, the model thread starts steps as their plans come, and another waits for the device and hands
+answers over: neither a plan nor an answer waits for the other.
 
 The port is open before the weights are loaded, so that a router can tell a rank
 that is loading (Describe waits, health says NOT_SERVING) from one that is missing (connection refused).
@@ -20,7 +22,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -30,7 +32,7 @@ from proto import shard_pb2 as pb
 from proto import shard_pb2_grpc
 
 if TYPE_CHECKING:
-    from shard.worker import Worker
+    from shard.worker import StartedStep, Worker
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +57,12 @@ SERVER_OPTIONS: Final = (
 Plans = SimpleQueue[tuple[pb.StepPlan, float] | None]
 """Plans and when they arrived (`time.perf_counter`), in their order; None after the last."""
 
+Started: TypeAlias = "SimpleQueue[StartedStep | None]"
+"""Steps that the device was told to do, in their order; None after the last."""
+
 Answers = asyncio.Queue[pb.FromShard | None]
+
+HandOver = Callable[[pb.FromShard | None], None]
 
 
 @dataclass(slots=True)
@@ -141,7 +148,8 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):  # type: ignore[misc]
         def hand_over(answer: pb.FromShard | None) -> None:
             loop.call_soon_threadsafe(answers.put_nowait, answer)
 
-        steps = loop.run_in_executor(self._model_thread, run_plans, worker, plans, hand_over)
+        run = start_plans if worker.starts_ahead else run_plans
+        steps = loop.run_in_executor(self._model_thread, run, worker, plans, hand_over)
         tasks = [
             asyncio.create_task(_read_plans(context, plans, waiting)),
             asyncio.create_task(_write_answers(context, answers, waiting)),
@@ -166,7 +174,7 @@ class ShardServicer(shard_pb2_grpc.ShardServicer):  # type: ignore[misc]
         asyncio.get_running_loop().call_later(LAST_WORDS_S, os._exit, 1)
 
 
-def run_plans(worker: Worker, plans: Plans, hand_over: Callable[[pb.FromShard | None], None]) -> None:
+def run_plans(worker: Worker, plans: Plans, hand_over: HandOver) -> None:
     """Runs plans on the model thread until there are no more, and hands the answers to their steps over, in order; None
     is the last.
 
@@ -199,6 +207,39 @@ def run_plans(worker: Worker, plans: Plans, hand_over: Callable[[pb.FromShard | 
     finally:
         deliver()
         hand_over(None)
+
+
+def start_plans(worker: Worker, plans: Plans, hand_over: HandOver) -> None:
+    """As `run_plans`, but starts each step while those before it run; their answers are made and handed over on a
+    thread of their own. Raises what either thread raises, once all is answered that was started before.
+
+    How far it gets ahead is for the router to say, which sends no more plans than it can foresee.
+    """
+    started: Started = SimpleQueue()
+    with ThreadPoolExecutor(1, thread_name_prefix="answers") as answers:
+        answering = answers.submit(_answer_steps, worker, started, plans, hand_over)
+        try:
+            while (next_plan := plans.get()) is not None:
+                plan, arrived_at = next_plan
+                step = worker.prepare(plan, arrived_at)
+                started.put(worker.start(step))
+                for _ in range(plan.num_repeats):
+                    step = worker.prepare_repeat(step)
+                    started.put(worker.start(step))
+        finally:
+            started.put(None)
+            try:
+                answering.result()
+            finally:
+                hand_over(None)
+
+
+def _answer_steps(worker: Worker, started: Started, plans: Plans, hand_over: HandOver) -> None:
+    try:
+        while (step := started.get()) is not None:
+            hand_over(worker.finish(step))
+    finally:
+        plans.put(None)  # if a step failed, the model thread may be waiting for a plan
 
 
 async def _read_plans(context: Any, plans: Plans, waiting: Waiting) -> None:

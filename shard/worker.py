@@ -3,8 +3,13 @@
 A step is first prepared, which is work for the interpreter, and then run, most of which is native or on a device.
 Whoever has other work for the interpreter does it between the two, so that it falls into the second.
 
-Everything here touches tensors and runs on one thread, because collectives must be entered in the same order on every
-rank. A rank that raises is lost: it never repairs itself, the router replays.
+A device that works by itself is told to do a step (`start`), and the step is answered (`finish`) once it is done. The
+next one is prepared and started meanwhile: what it feeds never leaves the device. Where the host must know what was
+chosen before it can go on (grammars, rules that look at tokens, truncation, top tokens, drafts), starting waits for it.
+
+Everything here that touches the device runs on one thread, because collectives must be entered in the same order on
+every rank; only `finish`, which reads the host's memory alone, may run on another, and then always on that. A rank that
+raises is lost: it never repairs itself, the router replays.
 """
 
 from __future__ import annotations
@@ -14,7 +19,7 @@ import logging
 import struct
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -34,6 +39,7 @@ from shard.kernels.packing import Kind
 from shard.memory import default_kv_bytes
 from shard.model import Model, load_model
 from shard.sampler import Sampled, Sampler, Scored, score
+from shard.transfer import Mark, to_device, to_host, works_by_itself
 
 logger = logging.getLogger(__name__)
 
@@ -102,9 +108,29 @@ class PreparedStep:
     seats: Seats
     inputs: ModelInputs | None
     """None: the plan has no rows."""
-    wait_s: float
-    """From the end of the step before to the arrival of the plan."""
+    owners: Mapping[int, str]
+    """Whose sequence has a seat, for the log."""
+    arrived_at: float | None
+    """When its plan came (`time.perf_counter`). None: it repeats the step before."""
     inputs_s: float
+
+
+@dataclass(slots=True)
+class StartedStep:
+    """A step that the device was told to do. Its tensors are the host's, and hold what they say once `ended` is
+    reached."""
+
+    prepared: PreparedStep
+    begun: Mark
+    forwarded: Mark
+    scores: Sequence[Scored] = ()
+    chosen: Tensor | None = None  # [E] int64, on every rank; None: nothing was to be chosen
+    sampled: Sampled | None = None
+    """What is said of the chosen, on rank 0."""
+    emitted: Sequence[int] = ()
+    """Which of the chosen count."""
+    ended: Mark | None = None
+    """None: it ends with its answer, as the host has done it itself."""
 
 
 class Worker:
@@ -115,6 +141,8 @@ class Worker:
     ) -> None:
         self._config = config
         self._model = model
+        self.starts_ahead = works_by_itself(model.device)
+        """Whether a step can run while the next is prepared and started."""
         self._group = group
         self._revision = revision
         self._grammars = grammars  # where tokens are chosen: on rank 0
@@ -126,8 +154,8 @@ class Worker:
             model.device, group.world_size, config.cuda_memory_fraction
         )
         self._seats: Seats | None = None
-        self._owners: dict[int, str] = {}
-        """Whose sequence has a seat, for the log."""
+        self._owners: Mapping[int, str] = {}
+        """Whose sequence has a seat, for the log. Never changed, but replaced: steps keep theirs."""
         self._sampler: Sampler | None = None
 
     @property
@@ -161,7 +189,7 @@ class Worker:
         if request.block_size != self._model.block_size:
             raise PlanError(f"block size {request.block_size} is not this rank's {self._model.block_size}")
         self._epoch, self._next_step = request.epoch, 1
-        self._owners.clear()
+        self._owners = {}
         self._model.allocate(request.num_blocks)
         self._seats = Seats(
             num_blocks=request.num_blocks,
@@ -201,8 +229,7 @@ class Worker:
         begun_at = time.perf_counter()
         seats = self._take_turns(plan)
         inputs = seats.build(plan) if plan.row_seat else None
-        wait_s = max(0.0, arrived_at - self._ended_at) if self._ended_at else 0.0
-        return PreparedStep(plan.step, plan, seats, inputs, wait_s, time.perf_counter() - begun_at)
+        return PreparedStep(plan.step, plan, seats, inputs, self._owners, arrived_at, time.perf_counter() - begun_at)
 
     @torch.inference_mode()
     def prepare_repeat(self, last: PreparedStep) -> PreparedStep:
@@ -212,25 +239,48 @@ class Worker:
             raise PlanError("a step is repeated that has no rows")
         self._next_step += 1
         inputs = last.seats.repeat(last.plan)
-        return replace(last, step=last.step + 1, inputs=inputs, wait_s=0.0, inputs_s=time.perf_counter() - begun_at)
+        inputs_s = time.perf_counter() - begun_at
+        return replace(last, step=last.step + 1, inputs=inputs, arrived_at=None, inputs_s=inputs_s)
 
-    @torch.inference_mode()
     def run(self, step: PreparedStep) -> pb.FromShard:
         """Runs the step that was prepared last. Any exception ends the epoch."""
-        begun_at = forwarded_at = time.perf_counter()
-        plan, inputs, answer = step.plan, step.inputs, pb.FromShard()
-        output = answer.output
-        token_ids: list[int] = []
-        if inputs is not None:
+        return self.finish(self.start(step))
+
+    @torch.inference_mode()
+    def start(self, step: PreparedStep) -> StartedStep:
+        """Tells the device to do the step that was prepared last. Any exception ends the epoch."""
+        inputs, device = step.inputs, self._model.device
+        begun = Mark(device)
+        if inputs is None:
+            started = StartedStep(step, begun, begun)
+        else:
             hidden = self._model.hidden(inputs.input_ids, inputs.positions, inputs.batch)
-            self._score_targets(hidden, inputs, output)
+            scores = list(self._score_targets(hidden, inputs)) if inputs.target_seats else ()
             logits = self._model.logits(_emitting(hidden, inputs)) if inputs.emit_rows else None
-            forwarded_at = time.perf_counter()
+            started = StartedStep(step, begun, Mark(device), scores)
             if logits is not None:
-                token_ids = self._choose(logits, inputs, step.seats, output)
+                self._choose(logits, inputs, started)
+        if self.starts_ahead:
+            started.ended = Mark(device)
+        return started
+
+    def finish(self, started: StartedStep) -> pb.FromShard:
+        """Waits for the step that was started first of those that are not finished, and answers it. Any exception ends
+        the epoch."""
+        if started.ended is not None:
+            started.ended.wait()
+        step, answer = started.prepared, pb.FromShard()
+        plan, inputs, output = step.plan, step.inputs, answer.output
+        token_ids: list[int] = [] if started.chosen is None else started.chosen.tolist()
+        for scored in started.scores:
+            _fill_scores(output, scored)
+        if inputs is not None and started.sampled is not None:
+            _fill_output(output, started.sampled, inputs, token_ids, started.emitted)
         for fault in output.row_faults:
-            logger.warning("step %d: %s: %s", step.step, self._owners[plan.row_seat[fault.row]], fault.message)
+            logger.warning("step %d: %s: %s", step.step, step.owners[plan.row_seat[fault.row]], fault.message)
         digest = token_digest(token_ids)
+        wait_s = self._waited_s(step)
+        ended = started.ended or Mark(self._model.device)
         self._ended_at = time.perf_counter()
         if self._group.rank:
             return pb.FromShard(ack=pb.StepAck(step=step.step, digest=digest))
@@ -239,11 +289,17 @@ class Worker:
         if not output.row_num_emitted:
             output.row_num_emitted.extend([0] * len(plan.row_seat))
         timings = output.timings
-        timings.wait_us = _microseconds(step.wait_s)
+        timings.wait_us = _microseconds(wait_s)
         timings.inputs_us = _microseconds(step.inputs_s)
-        timings.forward_us = _microseconds(forwarded_at - begun_at)
-        timings.sample_us = _microseconds(self._ended_at - forwarded_at)
+        timings.forward_us = _microseconds(started.forwarded.seconds_since(started.begun))
+        timings.sample_us = _microseconds(ended.seconds_since(started.forwarded))
         return answer
+
+    def _waited_s(self, step: PreparedStep) -> float:
+        """From the end of the step before to the arrival of the plan."""
+        if step.arrived_at is None or not self._ended_at:
+            return 0.0
+        return max(0.0, step.arrived_at - self._ended_at)
 
     def _take_turns(self, plan: pb.StepPlan) -> Seats:
         """Closes and opens seats, and shows the sampler the literals of the rows to come."""
@@ -253,14 +309,15 @@ class Worker:
         if plan.step != self._next_step:
             raise PlanError(f"step {plan.step} came instead of {self._next_step}")
         self._next_step += 1
+        if plan.closes or plan.opens:
+            kept = {seat: owner for seat, owner in self._owners.items() if seat not in plan.closes}
+            self._owners = kept | {open_.seat: _owner(open_) for open_ in plan.opens}
         for seat in plan.closes:
             seats.close(seat)
-            del self._owners[seat]
             if sampler is not None:
                 sampler.close(seat)
         for open_ in plan.opens:
             seats.open(open_.seat, open_.blocks, open_.num_cached_tokens)
-            self._owners[open_.seat] = _owner(open_)
             logger.debug("step %d: seat %d begins for %s", plan.step, open_.seat, self._owners[open_.seat])
             if sampler is not None:
                 params = sampling_params(open_.sampling)
@@ -273,17 +330,18 @@ class Worker:
                     start += count
         return seats
 
-    def _score_targets(self, hidden: Tensor, inputs: ModelInputs, output: pb.StepOutput) -> None:
-        """Logprobs of known tokens, lm_head in chunks; every rank takes part, rank 0 writes the result."""
+    def _score_targets(self, hidden: Tensor, inputs: ModelInputs) -> Iterator[Scored]:
+        """Logprobs of known tokens, lm_head in chunks; every rank takes part, rank 0 has the result."""
         for start in range(0, len(inputs.targets), SCORE_ROWS):
             chunk = slice(start, start + SCORE_ROWS)
             logits = self._model.logits(hidden[inputs.target_index[chunk]])
             if self._sampler is not None:
                 asked = self._sampler.num_target_top(inputs.target_seats[chunk], inputs.target_positions[chunk])
-                _fill_scores(output, score(logits, inputs.targets[chunk], asked))
+                yield score(logits, inputs.targets[chunk], asked).on_host()
 
-    def _choose(self, logits: Tensor, inputs: ModelInputs, seats: Seats, output: pb.StepOutput) -> list[int]:
-        """Rank 0 samples; every rank then holds the same tokens and accepts the same drafts. Returns the chosen."""
+    def _choose(self, logits: Tensor, inputs: ModelInputs, started: StartedStep) -> None:
+        """Rank 0 samples; every rank then holds the same tokens and accepts the same drafts."""
+        seats = started.prepared.seats
         sampled: Sampled | None = None
         if self._sampler is not None:
             sampled = self._sampler.sample(logits, inputs.emit_seats, inputs.emit_positions)
@@ -292,19 +350,19 @@ class Worker:
             chosen = torch.empty(len(inputs.emit_rows), dtype=torch.int64, device=seats.device)
         if self._group.world_size > 1:
             self._group.broadcast(chosen)
-        token_ids: list[int] = chosen.tolist()
-        emitted: Sequence[int] = range(len(token_ids))
-        if inputs.emit_drafts:
-            emitted = _emitted(token_ids, inputs.emit_drafts)
-            last_of_seat = {inputs.emit_seats[index]: index for index in emitted}
-            last_seats = torch.tensor(list(last_of_seat), device=seats.device)
-            seats.last_token[last_seats] = chosen[list(last_of_seat.values())]
-            _rewind(seats, inputs.emit_seats, emitted)
-        else:
-            seats.last_token[inputs.emit_seat_index] = chosen
         if sampled is not None:
-            _fill_output(output, sampled, inputs, token_ids, emitted)
-        return token_ids
+            sampled = started.sampled = sampled.on_host() if self.starts_ahead else sampled
+        started.chosen = to_host(chosen) if sampled is None else sampled.token_ids
+        started.emitted = range(len(inputs.emit_rows))
+        if not inputs.emit_drafts:
+            seats.last_token[inputs.emit_seat_index] = chosen
+            return
+        # Where the rows of the next step begin depends on what counts: here the host waits.
+        started.emitted = emitted = _emitted(chosen.tolist(), inputs.emit_drafts)
+        last_of_seat = {inputs.emit_seats[index]: index for index in emitted}
+        last_seats = to_device(torch.tensor(list(last_of_seat)), seats.device)
+        seats.last_token[last_seats] = chosen[to_device(torch.tensor(list(last_of_seat.values())), seats.device)]
+        _rewind(seats, inputs.emit_seats, emitted)
 
 
 def _emitting(hidden: Tensor, inputs: ModelInputs) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from shard import fused, model
-from shard.attention import AttentionBatch, AttentionOptions
+from shard.attention import AttentionBatch, AttentionOptions, PagedAttention
 from shard.distributed import RankGroup, connect
 from shard.errors import LoadError
 from shard.fused import FAMILIES
@@ -20,7 +20,7 @@ from shard.kernels import build, native
 from shard.kernels.build import AVX2, AVX512, best_variant
 from shard.kernels.native import Library, Norm, Options, Threads, library
 from shard.kernels.packing import Kind
-from shard.model import Model, load_model
+from shard.model import Model, load_model, native_attention
 from tests.paged_runs import PagedRun
 from tests.server import PATIENCE_S
 from tests.tiny_models import VOCAB_SIZE, Setting, save_tiny
@@ -231,7 +231,7 @@ def test_native_operations_can_be_switched_off(tmp_path: Path) -> None:
     model = load(tmp_path, use_native=False)
 
     assert not is_fused(model)
-    assert not model._attends_natively
+    assert model.attention is PagedAttention
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "mixtral", "gpt_neox"])
@@ -243,7 +243,7 @@ def test_modules_that_are_not_fused_attend_natively(
     model = load(tmp_path, dtype)
 
     assert not is_fused(model)
-    assert model._attends_natively
+    assert model.attention is native_attention
     for actual, expected in answers(model, oracle):
         assert float((actual - expected).norm() / expected.norm()) < limit
 
@@ -256,7 +256,7 @@ def test_native_attention_that_differs_from_the_modules_does_not_serve(
 
     model = load(tmp_path)
 
-    assert not model._attends_natively
+    assert model.attention is PagedAttention
     assert "attention is not native: it differs from dense by" in caplog.text
     for actual, expected in answers(model, oracle):
         torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from queue import SimpleQueue
 
 import pytest
 
 from proto import shard_pb2 as pb
-from shard.server import Plans, ShardServicer, Waiting, run_plans
+from shard.server import Plans, ShardServicer, Waiting, run_plans, start_plans
 from tests.clock import Clock
 from tests.server import PATIENCE_S
 
@@ -21,6 +22,7 @@ class Steps:
     """Stands for a worker: writes down what is asked of it, and fails where it is told to."""
 
     owners: Sequence[str] = ()
+    starts_ahead = False
 
     def __init__(self, *, fails_at: str = "", then: tuple[str, int] | None = None) -> None:
         self.events: list[str] = []
@@ -128,6 +130,100 @@ def test_an_answer_that_waits_is_not_lost_with_the_next_step(fails_at: str) -> N
     assert steps.events.count("answer 1") == 1
 
 
+# Steps that are started ahead
+
+
+class StepsAhead(Steps):
+    """Stands for a worker whose device does a step when it is let."""
+
+    starts_ahead = True
+
+    def __init__(self, *, fails_at: str = "", steps_done: int = 0) -> None:
+        super().__init__(fails_at=fails_at)
+        self.done = threading.Semaphore(steps_done)
+        self.num_started = threading.Semaphore(0)
+
+    def start(self, step: int) -> int:
+        self._note(f"start {step}")
+        self.num_started.release()
+        return step
+
+    def finish(self, step: int) -> pb.FromShard:
+        assert self.done.acquire(timeout=PATIENCE_S)
+        self._note(f"finish {step}")
+        return pb.FromShard(output=pb.StepOutput(step=step))
+
+    def take(self, answer: pb.FromShard | None) -> None:
+        self.events.append(f"answer {answer.output.step}" if answer else "end")
+
+    def wait_for_starts(self, count: int) -> None:
+        for _ in range(count):
+            assert self.num_started.acquire(timeout=PATIENCE_S)
+
+
+def answers(steps: Steps) -> list[str]:
+    return [event for event in steps.events if event.split()[0] in ("answer", "end")]
+
+
+def test_steps_are_started_while_those_before_them_run() -> None:
+    steps = with_plans(StepsAhead(), 1, 2)
+    steps.plans.put((pb.StepPlan(step=3, num_repeats=2), 0.0))
+
+    with ThreadPoolExecutor(1) as thread:
+        run = thread.submit(start_plans, steps, steps.plans, steps.take)  # type: ignore[arg-type]
+        steps.wait_for_starts(5)
+        before = list(steps.events)
+        steps.done.release(5)
+        steps.plans.put(None)
+        run.result(PATIENCE_S)
+
+    first = ["prepare 1", "start 1", "prepare 2", "start 2", "prepare 3", "start 3"]
+    assert before == [*first, "repeat 4", "start 4", "repeat 5", "start 5"]
+    assert answers(steps) == [*(f"answer {step}" for step in range(1, 6)), "end"]
+
+
+def test_an_answer_does_not_wait_for_the_next_plan() -> None:
+    steps = with_plans(StepsAhead(steps_done=2), 1)
+    answered = threading.Semaphore(0)
+
+    def take(answer: pb.FromShard | None) -> None:
+        steps.take(answer)
+        answered.release()
+
+    with ThreadPoolExecutor(1) as thread:
+        run = thread.submit(start_plans, steps, steps.plans, take)  # type: ignore[arg-type]
+        assert answered.acquire(timeout=PATIENCE_S)
+        steps.plans.put((pb.StepPlan(step=2), 0.0))
+        assert answered.acquire(timeout=PATIENCE_S)
+        steps.plans.put(None)
+        run.result(PATIENCE_S)
+
+    assert answers(steps) == ["answer 1", "answer 2", "end"]
+
+
+@pytest.mark.parametrize("fails_at", ["prepare 3", "start 3", "repeat 3"])
+def test_steps_that_were_started_are_answered_before_the_failure_of_a_later_one_is_told(fails_at: str) -> None:
+    steps = with_plans(StepsAhead(fails_at=fails_at, steps_done=2), 1)
+    repeats = int(fails_at.startswith("repeat"))
+    steps.plans.put((pb.StepPlan(step=2, num_repeats=repeats), 0.0))
+    with_plans(steps, 3, 4)
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        start_plans(steps, steps.plans, steps.take)  # type: ignore[arg-type]
+
+    assert answers(steps) == ["answer 1", "answer 2", "end"]
+    assert "prepare 4" not in steps.events
+
+
+def test_a_failure_of_the_device_ends_the_steps_though_no_plan_comes() -> None:
+    steps = with_plans(StepsAhead(fails_at="finish 2", steps_done=3), 1, 2, 3)
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        start_plans(steps, steps.plans, steps.take)  # type: ignore[arg-type]
+
+    assert answers(steps) == ["answer 1", "end"]
+
+
 # Through the servicer
 
 
@@ -172,21 +268,31 @@ def served(worker: object, stream: Stream, monkeypatch: pytest.MonkeyPatch) -> b
     return bool(ended)
 
 
-def test_all_plans_before_a_goodbye_are_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("make", [Steps, partial(StepsAhead, steps_done=20)], ids=["one by one", "ahead"])
+def test_all_plans_before_a_goodbye_are_answered(monkeypatch: pytest.MonkeyPatch, make: Callable[[], Steps]) -> None:
     stream = Stream(20, says_bye=True)
     repeating = Stream(5, says_bye=True, num_repeats=3)
 
-    has_ended = served(Steps(), stream, monkeypatch) or served(Steps(), repeating, monkeypatch)
+    has_ended = served(make(), stream, monkeypatch) or served(make(), repeating, monkeypatch)
 
     assert not has_ended
     for served_stream in (stream, repeating):
         assert [answer.output.step for answer in served_stream.answers[1:]] == [*range(1, 21)]
 
 
-def test_a_fault_comes_after_the_answers_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "steps",
+    [
+        Steps(fails_at="prepare 11"),
+        StepsAhead(fails_at="prepare 11", steps_done=20),
+        StepsAhead(fails_at="finish 11", steps_done=20),
+    ],
+    ids=["one by one", "ahead", "on the device"],
+)
+def test_a_fault_comes_after_the_answers_before_it(monkeypatch: pytest.MonkeyPatch, steps: Steps) -> None:
     stream = Stream(20, says_bye=False)
 
-    has_ended = served(Steps(fails_at="prepare 11"), stream, monkeypatch)
+    has_ended = served(steps, stream, monkeypatch)
 
     assert has_ended
     assert [answer.output.step for answer in stream.answers[1:-1]] == [*range(1, 11)]

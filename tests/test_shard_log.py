@@ -133,6 +133,7 @@ def test_the_sequences_that_an_epoch_ends_with_are_named(
 ) -> None:
     class Dying:
         owners = ("request one", "request two")
+        starts_ahead = False
 
         def prepare(self, plan: pb.StepPlan, arrived_at: float) -> PreparedStep:
             raise RuntimeError("out of memory")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from shard.grammar import GrammarCompiler
 from shard.inputs import PlanError
 from shard.model import load_model
 from shard.sampler import Sampled, Sampler
-from shard.worker import NOT_FINITE, Worker
+from shard.worker import NOT_FINITE, StartedStep, Worker
 from tests.tiny_models import VOCAB_SIZE, save_tiny
 
 LIMITS = Limits(num_blocks=80, block_size=4, max_seats=4, max_step_tokens=64)
@@ -82,10 +82,11 @@ class Run:
         max_drafts: int = 0,
         depth: int = 2,
         max_repeats: int = 0,
+        prefix_caching: bool = False,
     ) -> None:
         self.max_repeats = max_repeats
         self.num_repeats = 0
-        self.scheduler = Scheduler(LIMITS, prefix_caching=False, max_drafts=max_drafts)
+        self.scheduler = Scheduler(LIMITS, prefix_caching=prefix_caching, max_drafts=max_drafts)
         sequences = [self.scheduler.add(request) for request in requests]
         emissions = [emission for step in self._steps(worker, depth) for emission in step]
         self.tokens = [[t for e in emissions if e.sequence is sequence for t in e.tokens] for sequence in sequences]
@@ -109,6 +110,30 @@ def outputs(worker: Worker, plan: StepPlan) -> Iterator[pb.StepOutput]:
     for _ in range(plan.num_repeats):
         step = worker.prepare_repeat(step)
         yield worker.run(step).output
+
+
+class RunAhead(Run):
+    """The same, but every step is started as soon as it can be planned, and finished when its answer is needed."""
+
+    def _steps(self, worker: Worker, depth: int) -> Iterator[list[Emission]]:
+        started: deque[tuple[StepPlan, int, StartedStep]] = deque()
+        while True:
+            while len(started) < depth and (plan := self.scheduler.plan(max_repeats=self.max_repeats)):
+                self.num_repeats += plan.num_repeats
+                started += [(plan, repeat, step) for repeat, step in enumerate(starts(worker, plan))]
+            if not started:
+                return
+            plan, repeat, step = started.popleft()
+            output = worker.finish(step).output
+            yield self.scheduler.commit(decode_output(output, plan, VOCAB_SIZE, repeat=repeat))
+
+
+def starts(worker: Worker, plan: StepPlan) -> Iterator[StartedStep]:
+    step = worker.prepare(encode_plan(plan), time.perf_counter())
+    yield worker.start(step)
+    for _ in range(plan.num_repeats):
+        step = worker.prepare_repeat(step)
+        yield worker.start(step)
 
 
 def requests_of(sampling: Sampling) -> list[Request]:
@@ -177,6 +202,52 @@ def test_a_step_without_rows_is_not_repeated(worker: Worker) -> None:
         worker.prepare_repeat(worker.prepare(pb.StepPlan(step=4, num_repeats=1), time.perf_counter()))
 
 
+# Steps that are started ahead
+
+
+@pytest.mark.parametrize(("depth", "max_repeats"), [(2, 0), (3, 0), (2, 3)])
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN, LOOKS_BACK], ids=["greedy", "drawn", "looks back"])
+def test_tokens_are_the_same_where_steps_are_finished_after_later_ones_have_started(
+    worker: Worker, sampling: Sampling, depth: int, max_repeats: int
+) -> None:
+    plain = Run(worker, requests_of(sampling))
+    begin_epoch(worker)
+
+    ahead = RunAhead(worker, requests_of(sampling), depth=depth, max_repeats=max_repeats)
+
+    assert_same(ahead.tokens, plain.tokens)
+
+
+def test_a_row_that_fails_in_a_step_that_is_finished_late_has_its_own_name(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Even if its seat is another's by then."""
+    monkeypatch.setattr(Sampler, "sample", with_a_fault(Sampler.sample))
+    emitting = {"row_num_tokens": [1], "row_num_literals": [1], "literals": [5], "row_emit": [True]}
+    neutral = pb.Sampling(temperature=1.0, repetition_penalty=1.0)
+
+    def plan(step: int, name: str) -> pb.StepPlan:
+        opened = pb.Open(seat=0, num_prompt_tokens=1, sampling=neutral, request_id=name)
+        closes = [0] * (step > 1)
+        return pb.StepPlan(
+            step=step,
+            closes=closes,
+            opens=[opened],
+            row_seat=[0],
+            row_num_new_blocks=[1],
+            new_blocks=[1],
+            row_num_targets=[0],
+            **emitting,  # type: ignore[arg-type]
+        )
+
+    first = worker.start(worker.prepare(plan(1, "one"), 0.0))
+    second = worker.start(worker.prepare(plan(2, "two"), 0.0))
+    for step in (first, second):
+        worker.finish(step)
+
+    assert [record.message.split(":")[1] for record in caplog.records] == [" request one", " request two"]
+
+
 # Drafts
 
 
@@ -192,6 +263,15 @@ def test_tokens_logprobs_and_likeliest_tokens_are_the_same_with_drafts(worker: W
     assert counters.num_rows_by_accepted[0] > 0
     assert counters.num_steps < plain.scheduler.counters.num_steps
     assert_same(guessing.tokens, plain.tokens)
+
+
+def with_a_fault(sample: Callable[..., Sampled]) -> Callable[..., Sampled]:
+    def spoilt(*given: object) -> Sampled:
+        sampled = sample(*given)
+        sampled.faults |= True
+        return sampled
+
+    return spoilt
 
 
 def not_finite_at(position: int, monkeypatch: pytest.MonkeyPatch) -> None:
