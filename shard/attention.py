@@ -60,6 +60,24 @@ _HARMLESS: Final = frozenset(
 )
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Alibi:
+    """Attention with linear biases: nearer keys score higher, by a slope of each head's. All layers share one.
+
+    The bias grows with a key's position instead of falling with its distance, which for a softmax is the same.
+    """
+
+    slopes: Tensor  # [heads]
+    dtype: torch.dtype
+    """Slope times position is rounded to it, as the model code does it and the model was trained."""
+    factor: float = 1.0
+
+    def bias(self, num_keys: int) -> Tensor:
+        """[heads, num_keys] float32, added to the scores of keys at positions 0, 1, ..."""
+        positions = torch.arange(num_keys, device=self.slopes.device)
+        return (self.slopes[:, None] * positions).to(self.dtype).float() * self.factor
+
+
 @dataclass(frozen=True, slots=True)
 class AttentionOptions:
     """How a layer attends."""
@@ -71,13 +89,15 @@ class AttentionOptions:
     """Scores are squeezed into ±softcap by tanh before the mask."""
     sinks: Tensor | None = None
     """[heads] a logit per head that takes part in the softmax and adds nothing."""
+    alibi: Alibi | None = None
 
     @property
     def explicit(self) -> bool:
         """Whether the scores must be held, because no fused kernel knows the option."""
-        return self.softcap is not None or self.sinks is not None
+        return self.softcap is not None or self.sinks is not None or self.alibi is not None
 
     def native(self) -> Options:
+        assert self.alibi is None, "native attention knows no ALiBi"
         sinks = None if self.sinks is None else self.sinks.float().contiguous()
         return Options(self.scaling, self.window, self.softcap, sinks)
 
@@ -130,6 +150,7 @@ class AttentionBatch:
     native_rows: StepRows | None = field(default=None, repr=False)
     """`step_rows`, if its owner keeps them with the tensors."""
     _work: dict[tuple[int | None, torch.dtype, bool], StepWork] = field(default_factory=dict, repr=False)
+    _key_biases: dict[Alibi, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
     def build(
@@ -157,6 +178,12 @@ class AttentionBatch:
         if key not in self._work:
             self._work[key] = _Layout(self, window, dtype, explicit).step_work()
         return self._work[key]
+
+    def key_bias(self, alibi: Alibi) -> Tensor:
+        """[heads, all places of the longest block table]"""
+        if alibi not in self._key_biases:
+            self._key_biases[alibi] = alibi.bias(self.block_tables.shape[1] * self.block_size)
+        return self._key_biases[alibi]
 
     def rows(self) -> list[_Row]:
         spans = zip(pairwise(self.query_starts), self.context_lens, strict=True)
@@ -312,7 +339,7 @@ class PagedAttention:
         keys, values = (kv.transpose(1, 2) for kv in self._cache.read(layer, work.blocks, work.num_rows))
         query = query.view(work.num_rows, keys.shape[1], -1, query.shape[2])  # [rows, kv_heads, group, key_dim]
         if options.explicit:
-            return _explicit(query[:, :, :, None], keys, values, work.bias, options)[:, :, :, 0].flatten(1, 2)
+            return self._explicit(query[:, :, :, None], keys, values, work.bias, options)[:, :, :, 0].flatten(1, 2)
         output = F.scaled_dot_product_attention(query, keys, values, attn_mask=work.bias, scale=options.scaling)
         return output.flatten(1, 2)
 
@@ -324,7 +351,7 @@ class PagedAttention:
         query = query.transpose(0, 1)  # [heads, queries, key_dim]
         if options.explicit:
             grouped = query.view(1, keys.shape[1], -1, *query.shape[1:])  # [1, kv_heads, group, queries, key_dim]
-            return _explicit(grouped, keys, values, work.bias, options)[0].flatten(0, 1).transpose(0, 1)
+            return self._explicit(grouped, keys, values, work.bias, options)[0].flatten(0, 1).transpose(0, 1)
         output = F.scaled_dot_product_attention(
             query[None],
             keys,
@@ -335,6 +362,12 @@ class PagedAttention:
             enable_gqa=query.shape[0] != keys.shape[1],
         )
         return output[0].transpose(0, 1)
+
+    def _explicit(
+        self, query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, options: AttentionOptions
+    ) -> Tensor:
+        key_bias = None if options.alibi is None else self._batch.key_bias(options.alibi)[:, : keys.shape[2]]
+        return _explicit(query, keys, values, bias, key_bias, options)
 
 
 def flash_dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
@@ -425,6 +458,7 @@ class NativeAttention:
         return (
             block_size == PLACES
             and dtype in (torch.float32, torch.bfloat16)
+            and all(option.alibi is None for option in options)
             and all(
                 layer.key_dim == layer.value_dim <= MAX_HEAD_WIDTH and layer.key_dim % LANES == 0 for layer in layers
             )
@@ -434,11 +468,19 @@ class NativeAttention:
         return ops.attention(query, key, value, self._memory[layer], self._rows, options.native(), self._num_threads)
 
 
-def _explicit(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, options: AttentionOptions) -> Tensor:
+def _explicit(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    key_bias: Tensor | None,
+    options: AttentionOptions,
+) -> Tensor:
     """Attention with the scores in hand, softmax in float32.
 
     `query` [B, kv_heads, group, queries, key_dim], `keys` and `values` [B, kv_heads, num_keys, dim], `bias`
-    broadcastable to [B, 1, queries, num_keys] → [B, kv_heads, group, queries, value_dim].
+    broadcastable to [B, 1, queries, num_keys], `key_bias` [heads, num_keys]
+    → [B, kv_heads, group, queries, value_dim].
     """
     batch, kv_heads, group, queries, _ = query.shape
     folded = query.flatten(2, 3)  # [B, kv_heads, group * queries, key_dim]
@@ -448,6 +490,8 @@ def _explicit(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, 
     scores = scores.view(batch, kv_heads, group, queries, -1)
     if bias is not None:
         scores = scores + (bias.unsqueeze(-3) if bias.ndim > 2 else bias)
+    if key_bias is not None:
+        scores = scores + key_bias.view(kv_heads, group, 1, -1)
     if options.sinks is not None:
         sinks = options.sinks.float().view(1, kv_heads, group, 1, 1).expand(*scores.shape[:4], 1)
         scores = torch.cat((scores, sinks), dim=-1)
@@ -476,6 +520,11 @@ class ShapeProbe:
 _attend: ContextVar[Attend] = ContextVar("attend")
 
 
+def is_attending() -> bool:
+    """Whether model code that runs now is part of a step."""
+    return _attend.get(None) is not None
+
+
 @contextmanager
 def attending(attend: Attend) -> Iterator[None]:
     """Model code run inside attends through `attend`."""
@@ -488,10 +537,10 @@ def attending(attend: Attend) -> Iterator[None]:
 
 def install() -> None:
     """Makes `NAME` known to transformers. Idempotent."""
-    AttentionInterface.register(NAME, _interface)
+    AttentionInterface.register(NAME, interface)
 
 
-def _interface(
+def interface(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -520,10 +569,14 @@ def _options(module: nn.Module, query: Tensor, kwargs: Mapping[str, object]) -> 
     window = given.pop("sliding_window", None)
     softcap = given.pop("softcap", None)
     sinks = given.pop("s_aux", None)
+    alibi = given.pop("alibi", None)
     if given:
         raise LoadError(f"{type(module).__name__} asks attention for {', '.join(sorted(given))}, unknown here")
     assert isinstance(scaling, float | int), scaling
     assert window is None or isinstance(window, int), window
     assert softcap is None or isinstance(softcap, float | int), softcap
     assert sinks is None or isinstance(sinks, Tensor), sinks
-    return AttentionOptions(float(scaling), window, None if softcap is None else float(softcap), sinks)
+    assert alibi is None or isinstance(alibi, Alibi), alibi
+    if alibi is not None and window is not None:
+        raise LoadError(f"{type(module).__name__} has ALiBi within a window, which is not known here")
+    return AttentionOptions(float(scaling), window, None if softcap is None else float(softcap), sinks, alibi)

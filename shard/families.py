@@ -143,6 +143,38 @@ _GPT_NEOX: Final[Plan] = {
     "layers.*.mlp.dense_4h_to_h": DOWN,
 }
 
+_GPT_NEO: Final[Plan] = {
+    "wte": EMBEDDING,
+    "wpe": WHOLE,
+    "lm_head": HEAD,
+    "h.*.attn.attention.q_proj": Q,
+    "h.*.attn.attention.k_proj": Q,
+    "h.*.attn.attention.v_proj": Q,
+    "h.*.attn.attention.out_proj": O,
+    "h.*.mlp.c_fc": UP,
+    "h.*.mlp.c_proj": DOWN,
+}
+
+_GPTJ: Final[Plan] = {
+    "wte": EMBEDDING,
+    "lm_head": HEAD,
+    "h.*.attn.q_proj": Q,
+    "h.*.attn.k_proj": Q,
+    "h.*.attn.v_proj": Q,
+    "h.*.attn.out_proj": O,
+    "h.*.mlp.fc_in": UP,
+    "h.*.mlp.fc_out": DOWN,
+}
+
+_MPT: Final[Plan] = {
+    "wte": EMBEDDING,
+    "lm_head": HEAD,
+    "blocks.*.attn.Wqkv": Split("out", "q+q+q"),
+    "blocks.*.attn.out_proj": O,
+    "blocks.*.ffn.up_proj": UP,
+    "blocks.*.ffn.down_proj": DOWN,
+}
+
 _OPT: Final[Plan] = {
     **_EMBED,
     "embed_positions": WHOLE,
@@ -180,6 +212,17 @@ _NEMOTRON: Final[Plan] = {
     "layers.*.mlp.down_proj": DOWN,
 }
 
+_BLOOM: Final[Plan] = {
+    "word_embeddings": EMBEDDING,
+    "lm_head": HEAD,
+    "h.*.self_attention.query_key_value": Q,  # each head's query, key and value lie together
+    "h.*.self_attention.dense": O,
+    "h.*.mlp.dense_h_to_4h": UP,
+    "h.*.mlp.dense_4h_to_h": DOWN,
+}
+
+_FALCON: Final[Plan] = {**_BLOOM, "h.*.self_attention.query_key_value": Split("out", "q+kv+kv")}
+
 _DEEPSEEK: Final[Plan] = {
     **_EMBED,
     **_MLP,
@@ -214,74 +257,146 @@ _QWEN2_MOE: Final[Plan] = {
     "layers.*.mlp.shared_expert_gate": WHOLE,
 }
 
+_GRANITE_MOE: Final[Plan] = {
+    **_EMBED,
+    **_ATTENTION,
+    "layers.*.block_sparse_moe.router": WHOLE,
+    "layers.*.block_sparse_moe.experts.gate_up_proj": GATE_UP,
+    "layers.*.block_sparse_moe.experts.down_proj": DOWN,
+    "layers.*.block_sparse_moe.experts": SUM,
+    "layers.*.shared_mlp.input_linear": GATE_UP,
+    "layers.*.shared_mlp.output_linear": DOWN,
+}
+
+_HUNYUAN_MOE: Final[Plan] = {
+    **_EMBED,
+    **_ATTENTION,
+    **_EXPERTS,
+    "layers.*.mlp.gate.wg": WHOLE,
+    "layers.*.mlp.shared_mlp.gate_proj": UP,
+    "layers.*.mlp.shared_mlp.up_proj": UP,
+    "layers.*.mlp.shared_mlp.down_proj": DOWN,
+}
+
+_PERSIMMON: Final[Plan] = {
+    **_EMBED,
+    "layers.*.self_attn.query_key_value": Q,
+    "layers.*.self_attn.dense": O,
+    "layers.*.mlp.dense_h_to_4h": UP,
+    "layers.*.mlp.dense_4h_to_h": DOWN,
+}
+
+_SHARING_MOE: Final[Plan] = {**_LLAMA, **_EXPERTS, **_SHARED_EXPERTS}
+"""Mixtures of experts of which some take part in every token, after layers that have none."""
+
 _OLMOE: Final[Plan] = {**_EMBED, **_ATTENTION, **_EXPERTS, **_WIDE_NORMS}
 
 PLANS: Final[Mapping[str, Plan]] = {
+    "afmoe": {**_SHARING_MOE, "layers.*.self_attn.gate_proj": Q, "layers.*.mlp.router.gate": WHOLE},
+    "apertus": _NEMOTRON,
     "arcee": _NEMOTRON,
+    "biogpt": {**_OPT, "output_projection": HEAD},
+    "bloom": _BLOOM,
     "cohere": {**_LLAMA, **_HEAD_NORMS},
     "cohere2": _LLAMA,
+    "cohere2_moe": _SHARING_MOE,
+    "cwm": _LLAMA,
+    "deepseek_v2": _DEEPSEEK,
     "deepseek_v3": _DEEPSEEK,
+    "dots1": _SHARING_MOE,
     "ernie4_5": _LLAMA,
+    "ernie4_5_moe": {**_SHARING_MOE, "layers.*.mlp.gate.moe_statics": WHOLE},
     "exaone4": _LLAMA,
+    "exaone_moe": _SHARING_MOE,
+    "falcon": _FALCON,
+    "flex_olmo": _OLMOE,
     "gemma": _LLAMA,
     "gemma2": _LLAMA,
     "gemma3_text": _LLAMA,
     "glm": {**_EMBED, **_ATTENTION, **_FUSED_MLP},
     "glm4": {**_EMBED, **_ATTENTION, **_FUSED_MLP},
+    "glm4_moe": _SHARING_MOE,
+    "glm4_moe_lite": _DEEPSEEK,
     "gpt2": _GPT2,
     "gpt_bigcode": _GPT_BIGCODE,
+    "gpt_neo": _GPT_NEO,
     "gpt_neox": _GPT_NEOX,
     "gpt_oss": _GPT_OSS,
+    "gptj": _GPTJ,
     "granite": _LLAMA,
+    "granite_swa": {**_LLAMA, "layers.*.self_attn.sinks": Q},
+    "granitemoe": _GRANITE_MOE,
+    "granitemoeshared": _GRANITE_MOE,
     "helium": _LLAMA,
+    "hunyuan_v1_dense": _LLAMA,
+    "hunyuan_v1_moe": _HUNYUAN_MOE,
+    "hy_v3": _SHARING_MOE,
+    "hyperclovax": _LLAMA,
+    "internlm3": _LLAMA,
+    "iquestcoder": _LLAMA,
+    "jais2": _NEMOTRON,
     "llama": _LLAMA,
+    "mellum": _SHARING_MOE,
+    "minicpm3": _DEEPSEEK,
+    "minimax_m2": _OLMOE,
     "ministral": _LLAMA,
+    "ministral3": _LLAMA,
     "mistral": _LLAMA,
     "mixtral": {**_EMBED, **_ATTENTION, **_EXPERTS},
+    "mpt": _MPT,
+    "nanochat": _PHI,
     "nemotron": _NEMOTRON,
     "olmo": _LLAMA,
     "olmo2": {**_LLAMA, **_WIDE_NORMS},
     "olmo3": {**_LLAMA, **_WIDE_NORMS},
     "olmoe": _OLMOE,
     "opt": _OPT,
+    "persimmon": _PERSIMMON,
     "phi": _PHI,
     "phi3": _PHI3,
+    "phimoe": {**_EMBED, **_ATTENTION, **_EXPERTS, "layers.*.mlp.router": WHOLE},
     "qwen2": _LLAMA,
     "qwen2_moe": _QWEN2_MOE,
     "qwen3": _LLAMA,
     "qwen3_moe": {**_LLAMA, **_EXPERTS},
     "seed_oss": _LLAMA,
     "smollm3": _LLAMA,
+    "solar_open": _SHARING_MOE,
+    "stablelm": _LLAMA,
     "starcoder2": _STARCODER2,
+    "vaultgemma": _LLAMA,
+    "youtu": _DEEPSEEK,
 }
 """The families that are served, and how each is split among ranks."""
 
 
 def plan_for(model_type: str, *, multi_query: bool = True) -> Plan:
-    """`multi_query` is gpt_bigcode's: without it each head's query, key and value lie together."""
+    """Without `multi_query`, gpt_bigcode's and falcon's query heads lie together with their key and value."""
     if model_type == "gpt_bigcode" and not multi_query:
         return {**_GPT_BIGCODE, "h.*.attn.c_attn": Q}
+    if model_type == "falcon" and not multi_query:
+        return {**_FALCON, "h.*.self_attention.query_key_value": KV}
     return PLANS[model_type]
 
 
-_ALIBI: Final = "its ALiBi position bias does not pass through transformers' attention interface"
 _OWN_ATTENTION: Final = "its attention does not pass through transformers' attention interface"
 _RECURRENT: Final = "its layers carry a recurrent state beside attention, which paged KV memory does not keep"
+_ATTENDS_TWICE: Final = "its layers attend more than once, each time to other keys, which KV memory does not keep apart"
+_OWN_MASK: Final = "its attention mask is made of its values, which does not pass through the attention interface"
 _SHARED_KV: Final = "its later layers reuse the keys and values of earlier ones, which paged KV memory does not do"
 
 REFUSED: Final[Mapping[str, str]] = {
     "bamba": _RECURRENT,
-    "bloom": _ALIBI,
     "codegen": _OWN_ATTENTION,
-    "falcon": _OWN_ATTENTION,
+    "diffllama": _ATTENDS_TWICE,
+    "doge": _OWN_MASK,
     "falcon_h1": _RECURRENT,
     "falcon_mamba": _RECURRENT,
     "gemma3n": _SHARED_KV,
     "gemma3n_text": _SHARED_KV,
     "gemma4": _SHARED_KV,
     "gemma4_text": _SHARED_KV,
-    "gpt_neo": _OWN_ATTENTION,
-    "gptj": _OWN_ATTENTION,
+    "gpt_neox_japanese": _OWN_ATTENTION,
     "granitemoehybrid": _RECURRENT,
     "jamba": _RECURRENT,
     "kimi_linear": _RECURRENT,
@@ -289,21 +404,38 @@ REFUSED: Final[Mapping[str, str]] = {
     "lfm2_moe": _RECURRENT,
     "llama4": "its chunked attention mask does not pass through transformers' attention interface",
     "llama4_text": "its chunked attention mask does not pass through transformers' attention interface",
+    "longcat_flash": _ATTENDS_TWICE,
     "mamba": _RECURRENT,
     "mamba2": _RECURRENT,
     "minimax": _RECURRENT,
-    "mpt": _ALIBI,
     "nemotron_h": _RECURRENT,
     "olmo_hybrid": _RECURRENT,
+    "openai-gpt": _OWN_ATTENTION,
     "qwen3_5_moe_text": _RECURRENT,
     "qwen3_5_text": _RECURRENT,
     "qwen3_next": _RECURRENT,
     "recurrent_gemma": _RECURRENT,
     "rwkv": _RECURRENT,
+    "xglm": _OWN_ATTENTION,
     "xlstm": _RECURRENT,
     "zamba": _RECURRENT,
     "zamba2": _RECURRENT,
 }
+
+_UNREAD: Final[Mapping[str, Mapping[str, JsonValue]]] = {
+    "mpt": {
+        "expansion_ratio": 4,
+        "logit_scale": None,
+        "no_bias": True,
+        "norm_type": "low_precision_layernorm",
+        "attn_config.alibi": True,
+        "attn_config.alibi_bias_max": 8,
+        "attn_config.attn_type": "multihead_attention",
+        "attn_config.prefix_lm": False,
+        "attn_config.qk_ln": False,
+    }
+}
+"""By family, what transformers' code takes for granted, whatever the checkpoint says."""
 
 _ATTENTION_LAYERS: Final = frozenset(("full_attention", "sliding_attention"))
 
@@ -318,6 +450,7 @@ _CODE_KEYS: Final = frozenset(
         "_experts_implementation",
         "_experts_implementation_internal",
         "use_kernels",
+        "slow_but_exact",  # bloom's way around its modules, and so around the sums of several ranks
     )
 )
 
@@ -354,3 +487,8 @@ def _refuse_family(model_type: str, config: JsonObject) -> None:
     unknown = set(map(str, layer_types)) - _ATTENTION_LAYERS if isinstance(layer_types, list) else set()
     if unknown:
         raise LoadError(f"layers of type {', '.join(sorted(unknown))} are not known here")
+    for path, right in _UNREAD.get(model_type, {}).items():
+        section, _, key = path.rpartition(".")
+        values = config.get(section) if section else config
+        if isinstance(values, Mapping) and values.get(key, right) != right:
+            raise LoadError(f"{path} is {values[key]}, and transformers' {model_type} takes it for {right}")

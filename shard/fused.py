@@ -45,9 +45,10 @@ from shard.tensor_parallel import WideNorm
 
 FAMILIES: Final = frozenset(
     (
-        *("arcee", "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4"),
-        *("granite", "helium", "llama", "ministral", "mistral", "nemotron", "olmo", "olmo2", "olmo3", "phi", "phi3"),
-        *("qwen2", "qwen3", "seed_oss", "smollm3", "starcoder2"),
+        *("arcee", "cohere", "cohere2", "cwm", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4"),
+        *("granite", "granite_swa", "helium", "internlm3", "iquestcoder", "jais2", "llama", "ministral", "ministral3"),
+        *("mistral", "nemotron", "olmo", "olmo2", "olmo3", "phi", "phi3", "qwen2", "qwen3", "seed_oss", "smollm3"),
+        *("stablelm", "starcoder2", "vaultgemma"),
     )
 )
 """Families whose layers have the shape above; one that is not listed may have it too, which its tests would show."""
@@ -246,7 +247,7 @@ _STACKINGS: Final[Mapping[str, _NormNames]] = {
 
 
 def _norm_names(layer: nn.Module) -> _NormNames:
-    names = next((names for name, names in _STACKINGS.items() if hasattr(layer, name)), None)
+    names = next((names for name, names in _STACKINGS.items() if getattr(layer, name, None) is not None), None)
     if names is None:
         raise NotFusable(f"the norms of {type(layer).__name__} are not known here")
     return names

@@ -38,6 +38,7 @@ from shard.attention import (
     attending,
     install,
 )
+from shard.bridges import bridge, own_attention
 from shard.distributed import RankGroup
 from shard.errors import LoadError
 from shard.families import JsonObject, JsonValue, plan_for, served_config
@@ -187,7 +188,7 @@ class Model:
         """One whole sequence by transformers' own eager attention, without KV memory: the oracle of `hidden`."""
         configs = {id(m.config): m.config for m in self._backbone.modules() if hasattr(m, "config")}.values()
         for config in configs:
-            config._attn_implementation = "eager"
+            config._attn_implementation = own_attention(self.model_type) or "eager"
         try:
             output = self._backbone(input_ids=input_ids[None], position_ids=positions[None], use_cache=False)
         finally:
@@ -229,6 +230,7 @@ def load_model(
     loader = Loader(causal, stored, sharding, dtype, on_progress)
     _fill(causal, loader, directory, device)
     join_ranks(causal, sharding, group)
+    bridge(causal.base_model, config.model_type, sharding)
     probe = _probe(causal, config, sharding, device)
     layers = [probe.layers[layer] for layer in range(config.num_hidden_layers)]
     facts = _facts(config, directory)
@@ -277,11 +279,12 @@ def _empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedMode
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config,
                 dtype=dtype,
-                attn_implementation=NAME,
+                attn_implementation=own_attention(config.model_type) or NAME,
                 experts_implementation="eager",  # the grouped kernels want widths a rank's part need not have
             )
     except Exception as error:  # any constructor of any family
         raise LoadError(f"config.json does not make a {config.model_type} model: {_first_line(error)}") from error
+    model.config._attn_implementation = NAME  # whose name no mask is known by
     return model.eval().requires_grad_(False)
 
 
@@ -289,7 +292,9 @@ def _sharding(config: PreTrainedConfig, group: RankGroup) -> Sharding:
     query: int = config.num_attention_heads
     key_value: int = getattr(config, "num_key_value_heads", None) or query
     multi_query = bool(getattr(config, "multi_query", True))
-    if config.model_type == "gpt_bigcode":
+    if config.model_type == "falcon" and config.new_decoder_architecture:
+        key_value, multi_query = config.num_kv_heads, False
+    elif config.model_type in ("falcon", "gpt_bigcode"):
         key_value = 1 if multi_query else query
     plan = plan_for(config.model_type, multi_query=multi_query)
     return Sharding(plan, Heads(query, key_value), group.rank, group.world_size)
@@ -330,12 +335,15 @@ def _compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
         _place(model, name, torch.empty_like(buffer, device=device))
     for tensor in model.state_dict(keep_vars=True).values():
         tensor._is_hf_initialized = True
+    for module in model.modules():  # youtu clears the row of its padding token, which on this rank may be another's
+        module._is_hf_initialized = not module._non_persistent_buffers_set
     model.initialize_weights()
 
 
 def _is_leftover(model: PreTrainedModel, name: str) -> bool:
     """Whether older versions of the family stored such a tensor and newer ones compute it."""
-    patterns = (*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq", r"\.attn\.(masked_)?bias$")
+    known = (r"rotary_emb\.inv_freq", r"\.(attn|attention)\.(masked_)?bias$")
+    patterns = (*(model._keys_to_ignore_on_load_unexpected or ()), *known)
     return any(re.search(pattern, name) for pattern in patterns)
 
 
@@ -359,7 +367,7 @@ def _eos_token_ids(config: PreTrainedConfig, directory: Path) -> tuple[int, ...]
 
 def _max_positions(config: PreTrainedConfig) -> int:
     """Longest sequence the model computes the same in any batch; 0 when it names none."""
-    positions: int = getattr(config, "max_position_embeddings", None) or 0
+    positions: int = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None) or 0
     rope: dict[str, str | int] = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") not in _LENGTH_DEPENDENT_ROPE:
         return positions

@@ -247,8 +247,10 @@ def _localise(attention: nn.Module, sharding: Sharding) -> None:
     remembered = {
         "num_heads": (full.query, local.query),
         "num_attention_heads": (full.query, local.query),
+        "n_heads": (full.query, local.query),
         "num_key_value_heads": (full.key_value, local.key_value),
         "kv_heads": (full.key_value, local.key_value),
+        "num_kv_heads": (full.key_value, local.key_value),
         "num_key_value_groups": (full.group, local.group),
         "split_size": (full.query * head_dim, local.query * head_dim),
         "embed_dim": (full.query * head_dim, local.query * head_dim),
@@ -258,6 +260,10 @@ def _localise(attention: nn.Module, sharding: Sharding) -> None:
         if hasattr(attention, name):
             assert getattr(attention, name) == was, f"{name} is {getattr(attention, name)}, not {was}"
             setattr(attention, name, now)
+    for name, kept in (("q_layernorm", sharding.kept.query), ("k_layernorm", sharding.kept.key_value)):
+        norm = getattr(attention, name, None)
+        if norm is not None and hasattr(norm, "norms"):  # one for each head
+            norm.norms = norm.norms[kept.start : kept.stop]
     if hasattr(attention, "qkv_proj"):  # splits its output by the counts in its config
         config = copy.copy(attention.config)
         vars(config).update(num_attention_heads=local.query, num_key_value_heads=local.key_value)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from shard import attention
-from shard.attention import AttentionBatch, AttentionOptions, PagedAttention, attending
+from shard.attention import Alibi, AttentionBatch, AttentionOptions, PagedAttention, attending
 from shard.errors import LoadError
 from shard.kv_cache import KVCache, LayerShape
 
@@ -27,6 +27,9 @@ def dense(query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) 
             first = 0 if options.window is None else max(0, position - options.window + 1)
             scores = key[first : position + 1, head // group].double() @ query[position, head].double()
             scores = scores * options.scaling
+            if options.alibi is not None:
+                distances = torch.arange(position - first, -1, -1)
+                scores = scores - options.alibi.slopes[head].double() * options.alibi.factor * distances
             if options.softcap is not None:
                 scores = options.softcap * torch.tanh(scores / options.softcap)
             sink = torch.zeros(0) if options.sinks is None else options.sinks[head : head + 1]
@@ -101,6 +104,9 @@ OPTIONS = {
     "window of one": AttentionOptions(scaling=0.4, window=1),
     "softcap": AttentionOptions(scaling=0.9, softcap=1.5),
     "sinks": AttentionOptions(scaling=0.4, sinks=torch.tensor([0.5, -1.0, 2.0, 0.0, 1.0, -0.5])),
+    "alibi": AttentionOptions(
+        scaling=0.4, alibi=Alibi(torch.tensor([0.5, 0.3, 0.1, 0.02, 1.0, 0.0]), torch.float32, factor=0.7)
+    ),
     "all": AttentionOptions(scaling=0.9, window=5, softcap=1.5, sinks=torch.linspace(-1, 1, 6)),
 }
 
@@ -189,7 +195,7 @@ def call(module: nn.Module, mask: Tensor | None = None, **kwargs: object) -> Att
 
     states = torch.zeros(1, 2, 3, 16)
     with attending(attend):
-        output, weights = attention._interface(module, states, states, states, mask, **kwargs)
+        output, weights = attention.interface(module, states, states, states, mask, **kwargs)
     assert output.shape == (1, 3, 2, 16)
     assert weights is None
     return seen[0]
@@ -202,6 +208,11 @@ def test_options_the_model_code_asks_for_reach_attention() -> None:
 
     assert options == AttentionOptions(scaling=0.3, window=5, softcap=30.0, sinks=sinks)
     assert call(_Layer(), sliding_window=None) == AttentionOptions(scaling=0.25)
+
+
+def test_alibi_within_a_window_is_refused() -> None:
+    with pytest.raises(LoadError, match="ALiBi within a window"):
+        call(_Layer(), sliding_window=5, alibi=Alibi(torch.zeros(2), torch.float32))
 
 
 def test_an_option_nobody_knows_is_refused() -> None:

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 
 from shard import model as shard_model
 from shard.attention import NAME, AttentionOptions, PagedAttention
+from shard.bridges import BRIDGES, alibi_slopes
 from shard.distributed import RankGroup
 from shard.errors import LoadError
 from shard.families import PLANS, REFUSED, served_config
 from shard.model import Model, load_model
 from tests.paged_runs import PagedRun
-from tests.tiny_models import SETTINGS, VOCAB_SIZE, save_tiny
+from tests.readme import README
+from tests.tiny_models import FALCON_7B, FALCON_RW, SETTINGS, VOCAB_SIZE, Setting, save_tiny
 
 CPU = torch.device("cpu")
 LENGTHS = (40, 23, 31, 9)
@@ -61,6 +66,13 @@ def test_every_served_family_is_tested() -> None:
     assert not set(REFUSED) & set(PLANS)
 
 
+def test_the_readme_names_every_served_family() -> None:
+    listed = re.search(r"on one and two ranks: ([^.]+)\.", README.read_text().replace("\n ", ""))
+
+    assert listed is not None
+    assert listed[1].split(", ") == list(PLANS)
+
+
 @pytest.mark.parametrize("family", PLANS)
 def test_paged_equals_dense(family: str, tmp_path: Path) -> None:
     oracle = save_tiny(tmp_path, family)
@@ -82,9 +94,16 @@ def test_paged_equals_dense(family: str, tmp_path: Path) -> None:
         ("llama", {"tie_word_embeddings": True, "attention_bias": True}),
         ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 48}),
         ("deepseek_v3", {"q_lora_rank": None, "rope_interleave": False}),
+        ("bloom", {"apply_residual_connection_post_layernorm": True, "num_attention_heads": 8}),
+        ("falcon", {"num_ln_in_parallel_attn": 1}),
+        ("falcon", FALCON_7B),
+        ("falcon", FALCON_RW),
+        ("falcon", {**FALCON_RW, "alibi": False, "parallel_attn": True}),
+        ("stablelm", {"qk_layernorm": True, "use_parallel_residual": True}),
+        ("mpt", {"attn_config": {"softmax_scale": 0.7}, "n_heads": 8}),
     ],
 )
-def test_variants_of_a_family_equal_dense(family: str, overrides: dict[str, bool | int | None], tmp_path: Path) -> None:
+def test_variants_of_a_family_equal_dense(family: str, overrides: Mapping[str, Setting], tmp_path: Path) -> None:
     oracle = save_tiny(tmp_path, family, **overrides)
     model = load(tmp_path)
     sequences = random_sequences()
@@ -117,6 +136,37 @@ def test_half_precision_passes_the_self_test_and_stays_near_float32(tmp_path: Pa
     assert_close_to(model.logits(hidden), dense_logits(oracle, tokens), tolerance=0.1)
 
 
+@pytest.mark.parametrize("family", BRIDGES)
+def test_tokens_of_families_that_attend_by_themselves_are_those_of_generate(family: str, tmp_path: Path) -> None:
+    oracle = save_tiny(tmp_path, family)
+    model = load(tmp_path)
+    prompt = random_sequences()[3]
+    tokens = oracle.generate(prompt[None], max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0)[0]
+
+    (hidden,) = PagedRun(model, [tokens]).finish()
+
+    likeliest = model.logits(hidden).argmax(dim=-1)
+    assert likeliest[len(prompt) - 1 : -1].tolist() == tokens[len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("num_heads", [1, 6, 8, 12, 71])
+def test_slopes_equal_those_of_transformers(num_heads: int) -> None:
+    theirs = build_mpt_alibi_tensor(num_heads, 2)[:, 0, 0].neg()  # of a key at distance one
+
+    torch.testing.assert_close(alibi_slopes(num_heads), theirs)
+
+
+def test_alibi_is_rounded_as_the_model_was_trained(tmp_path: Path) -> None:
+    """falcon's slopes and positions are bfloat16 in any model: past 256 tokens neighbours have the same bias."""
+    oracle = save_tiny(tmp_path, "falcon", **FALCON_RW, max_position_embeddings=512)
+    model = load(tmp_path)
+    tokens = torch.randint(3, VOCAB_SIZE, (400,), generator=torch.Generator().manual_seed(2))
+
+    (hidden,) = PagedRun(model, [tokens]).finish()
+
+    assert_close_to(model.logits(hidden), dense_logits(oracle, tokens))
+
+
 @pytest.mark.parametrize("model_type", REFUSED)
 def test_families_that_would_be_silently_wrong_are_refused(model_type: str) -> None:
     with pytest.raises(LoadError, match="silently wrong: its") as refusal:
@@ -135,6 +185,8 @@ def test_families_that_would_be_silently_wrong_are_refused(model_type: str) -> N
         ({"model_type": "my_model", "auto_map": {"AutoModelForCausalLM": "modeling.Mine"}}, "brings its own code"),
         ({"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}, "quantised"),
         ({"model_type": "llama", "layer_types": ["full_attention", "linear_attention"]}, "linear_attention"),
+        ({"model_type": "mpt", "attn_config": {"alibi": True}, "no_bias": False}, "no_bias is False"),
+        ({"model_type": "mpt", "attn_config": {"alibi": False}}, r"attn_config\.alibi is False"),
     ],
 )
 def test_what_cannot_be_served_is_refused_with_a_sentence(config: dict[str, object], reason: str) -> None:

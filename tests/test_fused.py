@@ -113,6 +113,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Setting]]] = {
     "plain_cohere": ("cohere", {"use_qk_norm": False}),
     "one_kv_head_olmo2": ("olmo2", {"num_key_value_heads": 1}),
     "windowless_exaone4": ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 2}),
+    "parallel_stablelm": ("stablelm", {"use_parallel_residual": True, "use_qkv_bias": True}),
     "multiplied_granite": ("granite", {"embedding_multiplier": 3.0, "residual_multiplier": 0.4}),
 }
 

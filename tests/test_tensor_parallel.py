@@ -19,7 +19,7 @@ from shard.model import load_model
 from shard.tensor_parallel import Heads, Sharding, deal, deal_heads
 from tests.rank_process import prompts, run_rank
 from tests.server import PATIENCE_S
-from tests.tiny_models import VOCAB_SIZE, Setting, save_tiny
+from tests.tiny_models import FALCON_7B, FALCON_RW, VOCAB_SIZE, Setting, save_tiny
 
 CPU = torch.device("cpu")
 
@@ -28,6 +28,9 @@ VARIANTS: Mapping[str, tuple[str, Mapping[str, Setting]]] = {
     "biased_tied_llama": ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
     "one_kv_head_qwen2": ("qwen2", {"num_key_value_heads": 1}),
     "one_kv_head_phi3": ("phi3", {"num_key_value_heads": 1}),
+    "alibi_falcon": ("falcon", FALCON_RW),
+    "one_kv_head_falcon": ("falcon", FALCON_7B),
+    "normed_heads_stablelm": ("stablelm", {"qk_layernorm": True, "use_parallel_residual": True}),
     "full_query_deepseek": ("deepseek_v3", {"q_lora_rank": None}),
 }
 
