@@ -4,6 +4,7 @@ how long anybody waits."""
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -90,6 +91,41 @@ def test_a_path_that_generates_cannot_be_read(path: str) -> None:
 
     assert (response.status_code, response.headers["allow"]) == (405, "POST")
     assert response.json() == {"error": "Method Not Allowed"}
+
+
+@pytest.mark.parametrize("path", [*BODIES])
+@pytest.mark.parametrize("declared", [None, "application/x-www-form-urlencoded", "text/plain;charset=UTF-8"])
+def test_bodies_need_not_be_declared_as_json(path: str, declared: str | None) -> None:
+    """By curl, by `requests` with a text, and by `fetch`: the hosted API's own examples."""
+    client = hosting()
+    headers = {} if declared is None else {"content-type": declared}
+
+    own, hosted = (
+        client.call("POST", f"{prefix}{path}", content=json.dumps(BODIES[path]), headers=headers)
+        for prefix in ("", "/models/m")
+    )
+
+    assert (own.status_code, hosted.status_code) == (415, 200)
+
+
+def test_what_is_no_json_is_refused_and_so_is_what_is_packed() -> None:
+    client = hosting()
+
+    image = client.post_raw("/models/m", b"\x89PNG", "image/png")
+    packed = client.post("/models/m", NATIVE, headers={"content-encoding": "gzip"})
+
+    assert (image.status_code, packed.status_code) == (400, 415)
+
+
+def test_a_wish_to_wait_need_not_be_declared_as_json() -> None:
+    client = hosting(FakeEngine(ready=False))
+
+    waits, does_not = (
+        client.post_raw("/models/m", json.dumps(NATIVE | {"options": {"wait_for_model": wants}}).encode(), "text/plain")
+        for wants in (True, False)
+    )
+
+    assert (waits.status_code, does_not.status_code) == (200, 503)
 
 
 def test_other_tasks_have_no_route() -> None:
@@ -223,6 +259,16 @@ def test_the_right_key_opens_a_models_path() -> None:
 def test_what_is_known_of_the_model_can_be_put_behind_the_key(path: str) -> None:
     assert hosting(api_key="sesame").get(path).status_code == 200
     assert hosting(api_key="sesame", protect_info=True).get(path).status_code == 401
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("POST", "/models/m"), ("GET", "/models/m/info"), ("GET", "/status/m"), ("GET", "/models/m/health")],
+)
+def test_the_commit_is_not_told_either_when_what_is_known_is_behind_the_key(method: str, path: str) -> None:
+    response = hosting(api_key="sesame", protect_info=True).call(method, path)
+
+    assert MODEL_SHA not in str(response.headers)
 
 
 def test_a_models_health_needs_no_key() -> None:

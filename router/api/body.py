@@ -54,19 +54,21 @@ async def read_body(request: Request, model: type[B], *, limit_bytes: int) -> B:
     return fit_body(await read_json(request, limit_bytes=limit_bytes), model)
 
 
-async def read_json(request: Request, *, limit_bytes: int) -> Parsed:
-    """The body before anybody knows its model; may be called again on the same request. Raises as `read_body`."""
+async def read_json(request: Request, *, limit_bytes: int, any_type: bool = False) -> Parsed:
+    """The body before anybody knows its model, with `any_type` whatever it is declared to be; may be called again on
+    the same request. Raises as `read_body`."""
     parsed: Parsed | None = getattr(request.state, "parsed_body", None)
     if parsed is None:
-        _check_headers(request)
+        _check_headers(request, any_type=any_type)
         raw = await _read_bytes(request, limit_bytes)
         parsed = request.state.parsed_body = Parsed(raw, _parse_json(raw))
     return parsed
 
 
-def _check_headers(request: Request) -> None:
+def _check_headers(request: Request, *, any_type: bool) -> None:
     media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media != "application/json" and not (media.startswith("application/") and media.endswith("+json")):
+    is_json = media == "application/json" or (media.startswith("application/") and media.endswith("+json"))
+    if not is_json and not any_type:
         raise UnsupportedMedia("Expected request with `Content-Type: application/json`")
     if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
         raise UnsupportedMedia("Expected request without `Content-Encoding`")

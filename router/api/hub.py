@@ -5,7 +5,8 @@
 
 Old clients know no others. One model is served here, so a name is either one of its names or unknown: 404. While the
 model is not ready its routes answer 503 at once, as the hosted API does, except to clients that would rather wait
-(`x-wait-for-model` or `options.wait_for_model`).
+(`x-wait-for-model` or `options.wait_for_model`). Bodies are JSON whatever they are declared to be: the hosted API's own
+examples, by curl or `fetch`, do not declare it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from router.api import render
 from router.api.admission import Services
-from router.api.body import read_json
+from router.api.body import Parsed, read_json
 from router.api.openapi import failures
 from router.api.replay import Endpoint
 from router.config import Config
@@ -125,12 +126,13 @@ def is_served(config: Config, name: str) -> bool:
 
 def _in_hosted_words(services: Services, endpoint: Endpoint) -> Endpoint:
     """The endpoint, but of a model that is not ready it says that it loads, and at once to those who do not want to
-    wait. What comes through the engine keeps until its shards are back."""
+    wait. What the engine is given nevertheless waits there until its shards are back."""
 
     @functools.wraps(endpoint)
     async def answer(request: Request) -> Response:
         loading = Loading(request.path_params["model_id"], ESTIMATED_TIME_S)
-        if not services.engine.ready and not await _waits(services, request):
+        body = await read_json(request, limit_bytes=services.config.payload_limit, any_type=True)
+        if not services.engine.ready and not _waits(request, body):
             raise loading
         try:
             return await endpoint(request)
@@ -140,21 +142,19 @@ def _in_hosted_words(services: Services, endpoint: Endpoint) -> Endpoint:
     return answer
 
 
-async def _waits(services: Services, request: Request) -> bool:
-    if request.headers.get("x-wait-for-model", "").strip().lower() in ("true", "1"):
-        return True
-    body = await read_json(request, limit_bytes=services.config.payload_limit)
-    return body.option("wait_for_model") is True
+def _waits(request: Request, body: Parsed) -> bool:
+    asked = request.headers.get("x-wait-for-model", "").strip().lower() in ("true", "1")
+    return asked or body.option("wait_for_model") is True
 
 
 def _route_class(services: Services) -> type[APIRoute]:
-    """Of routes whose every answer says which weights it is from."""
-    sha = _sha(services)
+    """Of routes whose every answer says which weights it is from, unless that is not for everybody to know."""
+    sha, is_public = _sha(services), not services.config.protect_info
 
     class HostedRoute(APIRoute):
         async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
             async def send_with_sha(message: Message) -> None:
-                if message["type"] == "http.response.start":
+                if is_public and message["type"] == "http.response.start":
                     MutableHeaders(scope=message)["x-sha"] = sha
                 await send(message)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import requests
@@ -66,6 +67,17 @@ def row_62_the_documentations_own_lines(servers: Servers) -> None:
 
     assert response.status_code == 200
     assert response.json() == [{"generated_text": payload["inputs"] + " Paris"}]
+
+
+def row_62_older_lines_that_declare_no_json(servers: Servers) -> None:
+    with behind(servers.alias_front, servers):
+        API_URL = "https://api-inference.huggingface.co/models/google/gemma-2-2b-it"
+        headers = {"Authorization": "Bearer hf_***"}
+        data = json.dumps({"inputs": "Can you please let us know more details about your "})
+        response = requests.request("POST", API_URL, headers=headers, data=data)
+
+    assert "content-type" not in response.request.headers
+    assert response.status_code == 200
 
 
 if __name__ == "__main__":
