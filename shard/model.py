@@ -246,7 +246,7 @@ def load_model(
         log.info("layers are not fused: %s", reason)
         if use_native:
             _attend_natively(model, probe, expected)
-        _attend_by_flash(model, probe)
+        _attend_by_flash(model, probe, group)
     return model
 
 
@@ -481,11 +481,41 @@ def _attend_natively(model: Model, probe: ShapeProbe, expected: _Expected) -> No
         _attend_better(model, "native", native_attention, model.block_size, expected, SELF_TEST_CHUNKS)
 
 
-def _attend_by_flash(model: Model, probe: ShapeProbe) -> None:
-    """Lets the modules attend by FlashAttention if that does the same on the loaded weights."""
-    if VarlenAttention.suits(model._layers, probe.options.values(), model.dtype, model.device):
+def _attend_by_flash(model: Model, probe: ShapeProbe, group: RankGroup) -> None:
+    """Lets the modules attend by FlashAttention if all ranks can and it does the same on the loaded weights."""
+    suits = VarlenAttention.suits(model._layers, probe.options.values(), model.dtype, model.device)
+    refusal = _flash_refusal(model, probe) if suits else ""
+    if refusal:
+        log.warning("attention is not FlashAttention: %s", refusal)
+    able = group.all_reduce(torch.tensor([int(suits and not refusal)], device=model.device))
+    if int(able) == group.world_size:
         expected = _expected(model, FLASH_TEST_CHUNKS)
         _attend_better(model, "FlashAttention", VarlenAttention, VarlenAttention.PLACES, expected, FLASH_TEST_CHUNKS)
+
+
+@torch.inference_mode()
+def _flash_refusal(model: Model, probe: ShapeProbe) -> str:
+    """What the kernel says if it is missing here or refuses the layers' heads. It is called outside the model: a rank
+    that gave up within would leave the others waiting, and a lost rank would look like a kernel that refuses."""
+    block_size, dtype, device = VarlenAttention.PLACES, model.dtype, model.device
+    cache = KVCache(model._layers, num_blocks=3, block_size=block_size, dtype=dtype, device=device)
+    batch = AttentionBatch.build(
+        slots=torch.tensor([block_size, block_size + 1, 2 * block_size]),
+        query_starts=[0, 2, 3],
+        context_lens=[2, 1],
+        block_tables=torch.tensor([[1], [2]]),
+        block_size=block_size,
+        device=device,
+    )
+    attend = VarlenAttention(batch, cache)
+    try:
+        for layer, shape in enumerate(model._layers):
+            query = torch.zeros(3, probe.query_heads[layer], shape.key_dim, dtype=dtype, device=device)
+            key = torch.zeros(3, shape.kv_heads, shape.key_dim, dtype=dtype, device=device)
+            attend(layer, query, key, key, probe.options[layer])
+    except RuntimeError as error:
+        return _first_line(error)
+    return ""
 
 
 def _attend_better(
@@ -494,17 +524,12 @@ def _attend_better(
     """Changes how the modules attend, or leaves it with a warning: what is replaced has proved right and serves on."""
     proved = model.attention, model.block_size
     model.attend_by(attention, block_size)
-    try:
-        distance = expected.distance(_paged_hidden(model, expected, chunks))
-        fault = "" if distance <= _MAX_DISTANCE[model.dtype] else f"it differs from dense by {distance:.2g}"
-    except RuntimeError as error:  # a kernel that is missing here, or refuses what it is given
-        fault = _first_line(error)
-    if fault:
-        model.release()
-        model.attend_by(*proved)
-        log.warning("attention is not %s: %s", name, fault)
-    else:
+    distance = expected.distance(_paged_hidden(model, expected, chunks))
+    if distance <= _MAX_DISTANCE[model.dtype]:
         log.info("attention is %s: it differs from dense by %.1e", name, distance)
+    else:
+        model.attend_by(*proved)
+        log.warning("attention is not %s: it differs from dense by %.2g", name, distance)
 
 
 def _paged_hidden(model: Model, expected: _Expected, chunks: Sequence[int]) -> Tensor:

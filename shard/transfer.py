@@ -53,15 +53,15 @@ def to_host(tensor: Tensor) -> Tensor:
 
 
 class Mark:
-    """A point in what the device was told to do so far; where the host does it itself, a moment."""
+    """A point in what a device that works by itself was told to do so far; without one, a moment."""
 
     __slots__ = ("_at", "_device", "_event")
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device | None) -> None:
         self._at = time.perf_counter()
         self._device = device
         self._event: torch.cuda.Event | None = None
-        if works_by_itself(device):
+        if device is not None:
             # Who waits sleeps: spinning, it would take a core from the thread that tells the device what to do next.
             self._event = torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]
             self._event.record()

@@ -143,6 +143,8 @@ class Worker:
         self._model = model
         self.starts_ahead = works_by_itself(model.device)
         """Whether a step can run while the next is prepared and started."""
+        self._marked = model.device if self.starts_ahead else None
+        """The device to be asked how far it is."""
         self._group = group
         self._revision = revision
         self._grammars = grammars  # where tokens are chosen: on rank 0
@@ -249,19 +251,19 @@ class Worker:
     @torch.inference_mode()
     def start(self, step: PreparedStep) -> StartedStep:
         """Tells the device to do the step that was prepared last. Any exception ends the epoch."""
-        inputs, device = step.inputs, self._model.device
-        begun = Mark(device)
+        inputs = step.inputs
+        begun = Mark(self._marked)
         if inputs is None:
             started = StartedStep(step, begun, begun)
         else:
             hidden = self._model.hidden(inputs.input_ids, inputs.positions, inputs.batch)
             scores = list(self._score_targets(hidden, inputs)) if inputs.target_seats else ()
             logits = self._model.logits(_emitting(hidden, inputs)) if inputs.emit_rows else None
-            started = StartedStep(step, begun, Mark(device), scores)
+            started = StartedStep(step, begun, Mark(self._marked), scores)
             if logits is not None:
                 self._choose(logits, inputs, started)
         if self.starts_ahead:
-            started.ended = Mark(device)
+            started.ended = Mark(self._marked)
         return started
 
     def finish(self, started: StartedStep) -> pb.FromShard:
@@ -280,7 +282,7 @@ class Worker:
             logger.warning("step %d: %s: %s", step.step, step.owners[plan.row_seat[fault.row]], fault.message)
         digest = token_digest(token_ids)
         wait_s = self._waited_s(step)
-        ended = started.ended or Mark(self._model.device)
+        ended = started.ended or Mark(None)
         self._ended_at = time.perf_counter()
         if self._group.rank:
             return pb.FromShard(ack=pb.StepAck(step=step.step, digest=digest))
@@ -310,7 +312,8 @@ class Worker:
             raise PlanError(f"step {plan.step} came instead of {self._next_step}")
         self._next_step += 1
         if plan.closes or plan.opens:
-            kept = {seat: owner for seat, owner in self._owners.items() if seat not in plan.closes}
+            closed = set(plan.closes)
+            kept = {seat: owner for seat, owner in self._owners.items() if seat not in closed}
             self._owners = kept | {open_.seat: _owner(open_) for open_ in plan.opens}
         for seat in plan.closes:
             seats.close(seat)

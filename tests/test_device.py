@@ -218,3 +218,12 @@ def test_times_are_the_devices(model: Model, driver: Driver) -> None:
     ended.wait()
 
     assert ended.seconds_since(begun) == pytest.approx(0.002)
+
+
+def test_who_waits_is_on_the_device_it_waits_for(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+
+    Mark(META).wait()
+
+    assert current == [META]

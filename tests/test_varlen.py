@@ -109,9 +109,9 @@ def test_there_is_no_kernel_for_a_cpu() -> None:
 # Whole models
 
 
-def load(directory: Path) -> Model:
+def load(directory: Path, group: RankGroup | None = None) -> Model:
     return load_model(
-        directory, dtype=torch.float32, device=CPU, group=RankGroup(), on_progress=lambda done, total: None
+        directory, dtype=torch.float32, device=CPU, group=group or RankGroup(), on_progress=lambda done, total: None
     )
 
 
@@ -180,6 +180,34 @@ def test_a_kernel_that_is_wrong_or_missing_does_not_serve(
     assert model.bytes_per_block == 16 * 2 * 2 * 3 * 8 * 4  # places, layers, keys and values, heads, width, bytes
     assert "attention is not FlashAttention" in caplog.text
     assert_close_to(model.logits(states), dense_logits(oracle, tokens))
+
+
+def test_a_rank_that_is_lost_within_the_test_is_not_taken_for_a_kernel_that_refuses(
+    tmp_path: Path, with_flash: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loses_a_rank(model: Model, *given: object) -> Tensor:
+        if model.attention is VarlenAttention:
+            raise RuntimeError("another rank ended")
+        return hidden(model, *given)
+
+    save_tiny(tmp_path, "llama", max_position_embeddings=700)
+    hidden: Callable[..., Tensor] = Model.hidden
+    monkeypatch.setattr(Model, "hidden", loses_a_rank)
+
+    with pytest.raises(RuntimeError, match="another rank ended"):
+        load(tmp_path)
+
+
+def test_no_rank_attends_by_it_if_one_cannot(tmp_path: Path, with_flash: None) -> None:
+    class OtherCannot(RankGroup):
+        def all_reduce(self, tensor: Tensor) -> Tensor:
+            return tensor - 1
+
+    save_tiny(tmp_path, "llama", max_position_embeddings=700)
+
+    model = load(tmp_path, OtherCannot())
+
+    assert (model.attention, model.block_size) == (PagedAttention, 16)
 
 
 # Driven by the router
