@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from shard.draw import draw, draw_from_vocabulary, uniform
-from shard.kernels import ops
+from shard.kernels import native
 from shard.kernels.native import Change, ChoiceRules, Chosen, Mask, Rule
 from shard.known_tokens import KnownTokens
 from shard.logits import argmax, block_maxima, likeliest, likeliest_with_ties, log_probabilities
@@ -160,11 +160,14 @@ class TorchRules:
         scores = self._changed(masked, forbidden, known)
         score_maxima = maxima if scores is logits else block_maxima(scores)
         chosen = choose_scores(scores, score_maxima, self._groups, self._seeds, positions)
+        if scores is logits:
+            return chosen
         # Where the rules leave no token, the model's own choice stands: among those that masks leave, if there are any.
-        if scores is not masked:
-            masked_maxima = maxima if masked is logits else block_maxima(masked)
-            chosen = torch.where(score_maxima.amax(-1).isfinite(), chosen, argmax(masked, masked_maxima))
-        return chosen
+        own = argmax(logits, maxima)
+        if masked is not logits:
+            masked_maxima = score_maxima if scores is masked else block_maxima(masked)
+            own = torch.where(masked_maxima.amax(-1).isfinite(), argmax(masked, masked_maxima), own)
+        return torch.where(score_maxima.amax(-1).isfinite(), chosen, own)
 
     def _changed(self, logits: Tensor, forbidden: Sequence[Change], known: KnownTokens) -> Tensor:
         """The logits after every rule that is not a truncation; `logits` itself if there was none to apply."""
@@ -194,7 +197,7 @@ def choose(
     if isinstance(rules, TorchRules):
         return rules.choose(logits, positions, forbidden, masks, known)
     given = rules.arguments(positions, forbidden, masks, known.known, known.counts)
-    chosen = ops.choose(logits, given, torch.get_num_threads())
+    chosen = native.choose(logits, given, native.threads(torch.get_num_threads()))
     if not rules.max_top:
         return chosen
     top = slice(int(chosen.num_top.max()))  # there was room for more ties

@@ -32,10 +32,11 @@ def _mix(z: int) -> int:
 def draw(weights: Tensor, u: Tensor) -> Tensor:
     """Index of the weight in which the fraction u of a row's mass falls: [R, W] float64, [R] float64 -> [R].
 
-    The sums run from the left one by one, so zeros that follow change nothing; an index of weight 0 is never drawn.
+    The sums run from the left one by one, so zeros that follow change nothing; an index of weight 0 is never drawn. A
+    NaN in a row's logits may leave it no mass: then it is the last.
     """
     sums = weights.cumsum(-1)
-    return (sums <= u.unsqueeze(1) * sums[:, -1:]).sum(-1)
+    return (sums <= u.unsqueeze(1) * sums[:, -1:]).sum(-1).clamp_(max=weights.shape[1] - 1)
 
 
 def draw_from_vocabulary(probabilities: Tensor, u: Tensor, block: int = 256) -> Tensor:

@@ -135,12 +135,15 @@ def truncate(candidates: Candidates, truncation: Truncation, mass: Tensor | None
     weights = scaled.exp()
     kept = _within_top_k(scaled, truncation.top_k)
     total = _row_sum(weights * kept)
+    lacks_ties = kept[:, -1:] & truncation.top_p.isfinite()  # of the k-th, which the total that top-p cuts must have
     if mass is not None:
-        total = torch.where(truncation.top_k < scaled.shape[1], total, mass)
+        has_top_k = truncation.top_k < scaled.shape[1]
+        total = torch.where(has_top_k, total, mass)
+        lacks_ties &= has_top_k
     kept &= weights.cumsum(-1) - weights < truncation.top_p * total
     kept &= weights >= truncation.min_p
     # Up to here whatever follows a dropped token is dropped too, beyond the candidates as well.
-    enough = ~kept[:, -1]
+    enough = ~(kept[:, -1:] | lacks_ties).squeeze(1)
     weights = weights * kept
     if truncation.any_typical:
         weights = weights * _typical(weights, truncation.typical_p)

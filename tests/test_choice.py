@@ -13,11 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from shard.choice import Cut, group_rows, native_rules
+from shard.choice import Cut, TorchRules, group_rows, native_rules
 from shard.draw import draw, uniform
 from shard.kernels import build, native
 from shard.kernels.build import AVX2, AVX512, Variant, best_variant
 from shard.kernels.native import Change, ChoiceRules, Library, Mask, Rule, Threads, library
+from shard.known_tokens import KnownTokens
 from shard.logits import Candidates, block_maxima, likeliest_with_ties
 from shard.processors import penalise_counts, penalise_repetition, truncate
 from shard.sampler import Sampled, Sampler, SamplingParams
@@ -419,9 +420,13 @@ def test_masks_come_first_and_what_they_leave_stands_where_other_rules_leave_not
     rules = ChoiceRules([Rule()] * 5, [0] * 5)
 
     chosen = native.choose(logits, rules.arguments([0] * 5, forbidden, masks, known), team)
+    by_torch = TorchRules([SamplingParams()] * 5, range(5), logits.shape[1], logits.device).choose(
+        logits, [0] * 5, forbidden, masks, KnownTokens(5, logits.shape[1], logits.device)
+    )
 
     expected = [max(left, key=lambda token, row=row: float(logits[row, token])) for row in (0, 1)]  # type: ignore[misc]
     assert chosen.token_ids.tolist() == [*expected, favoured, *best[3:, 0].tolist()]
+    assert by_torch.token_ids.tolist() == chosen.token_ids.tolist()
     wanted = logits.double().log_softmax(-1).gather(1, chosen.token_ids[:, None])[:, 0]
     torch.testing.assert_close(chosen.logprobs.double(), wanted, atol=4e-6, rtol=0)
     assert not chosen.faults.any()

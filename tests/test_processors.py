@@ -143,7 +143,10 @@ def test_ties_with_the_kth_token_are_kept() -> None:
     assert_same_distribution(ours, TopKLogitsWarper(20)(NO_TOKENS, logits))
 
 
-@pytest.mark.parametrize("rule", [{"top_k": 30}, {"top_p": 0.6}, {"min_p": 0.3}, {"top_k": 30, "typical_p": 0.7}])
+@pytest.mark.parametrize(
+    "rule",
+    [{"top_k": 30}, {"top_k": 30, "top_p": 0.6}, {"top_p": 0.6}, {"min_p": 0.3}, {"top_k": 30, "typical_p": 0.7}],
+)
 def test_enough_candidates_give_the_same_weights_as_the_whole_vocabulary(rule: dict[str, float]) -> None:
     logits = torch.cat([random_logits(8, 2000), coarse_logits(8, 2000)])
     limits = truncation(16, 2000, **rule)  # type: ignore[arg-type]

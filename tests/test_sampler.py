@@ -443,9 +443,11 @@ def test_nobody_asking_for_top_tokens_gets_an_empty_column() -> None:
     assert sampled.top_ids.shape == sampled.top_logprobs.shape == (1, 0)
 
 
-def test_a_broken_row_is_flagged_and_disturbs_nobody() -> None:
+@pytest.mark.parametrize("nan", [math.nan, -math.nan], ids=["positive", "negative"])
+def test_a_broken_row_is_flagged_and_disturbs_nobody(nan: float) -> None:
+    """Processors give infinities that cancel a negative NaN, which is first or last where bits are compared."""
     logits = peaked_logits(6, 1100, seed=2)
-    logits[1, 700] = math.nan
+    logits[1, 700] = nan
     logits[2] = -math.inf
     logits[4, 3] = math.inf
     rules = [
@@ -478,6 +480,38 @@ def test_rules_that_leave_no_token_leave_the_models_choice() -> None:
 
     assert sampled.token_ids.tolist() == [3, 3]
     assert not sampled.faults.any()
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {},
+        {"do_sample": True},
+        *({"do_sample": True} | cut for cut in ({"top_p": 0.9}, {"top_k": 9}, {"typical_p": 0.9})),
+    ],
+)
+def test_scores_that_are_no_numbers_leave_the_models_choice(rules: dict[str, float]) -> None:
+    """A tiny penalty makes a known token's logit infinite, and forbidding it takes infinity off."""
+    logits = peaked_logits(1, 20_000, seed=5)
+    logits[0, [1, 5, 3]] = 2.0
+    params = SamplingParams(repetition_penalty=1e-39, no_repeat_ngram_size=1, **rules)  # type: ignore[arg-type]
+
+    sampled = sample_once(params, logits)
+
+    assert sampled.token_ids.tolist() == logits.argmax(-1).tolist()
+    assert not sampled.faults.any()
+
+
+def test_top_p_is_a_fraction_of_all_ties_with_the_kth_token() -> None:
+    logits = torch.full((1, 2000), -9.0)
+    logits[0, 1000:1300] = 0.0
+    logits[0, 7] = math.log(20)
+    params = [SamplingParams(do_sample=True, top_k=2, top_p=0.8, seed=seed) for seed in range(60)]
+
+    drawn = {sample_once(p, logits).token_ids.item() for p in params}
+
+    assert drawn.issubset({7, *range(1000, 1236)}), "of a mass of 320 the first 256"
+    assert max(drawn) > 1200
 
 
 def test_tokens_outside_the_vocabulary_are_passed_over() -> None:

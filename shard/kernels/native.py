@@ -621,6 +621,8 @@ def choose(logits: Tensor, given: ChoiceArguments, threads: Threads) -> Chosen:
     """[R, V] contiguous float32. Where the rules leave no token, the largest logit is taken, if possible of those that
     masks leave."""
     num_rows, width = logits.shape
+    assert given.known is None or given.known.shape[1] == width, (given.known.shape, width)
+    assert given.mask_bits is None or given.mask_bits.shape[1] * 32 >= width, (given.mask_bits.shape, width)
     chosen = Chosen(
         torch.empty(num_rows, dtype=torch.int64),
         torch.empty(num_rows),

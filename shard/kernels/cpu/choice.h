@@ -91,7 +91,7 @@ class Chooser {
     part.defined = are_defined(logits, size);
     alignas(64) float copy[kLogitsPart];
     const float* scores = scores_.at(row, start, size, copy);
-    part.peak = scores == copy ? peak_of(copy, size) : part.mass.peak;
+    part.peak = scores == copy ? peak_if_defined(copy, size) : part.mass.peak;
     if (rules_[row].num_top > 0) write_maxima(logits, size, &logit_maxima_[first_block]);
     if (rules_[row].cuts()) write_maxima(scores, size, &maxima_[first_block]);
     if (!is_weighed(rules_[row])) return;
@@ -103,6 +103,11 @@ class Chooser {
       });
       weights_[(row * num_parts_ + index) * kDrawBlocks + i / kDrawBlock] = {sum_of(sum), sum_of(depth_sum)};
     }
+  }
+
+  // A NaN, as of infinities that cancel, is no score to choose by: then the peak is infinite, and the model's choice stands.
+  static float peak_if_defined(const float* scores, size_t size) {
+    return are_defined(scores, size) ? peak_of(scores, size) : INFINITY;
   }
 
   static void write_maxima(const float* numbers, size_t size, float* maxima) {
