@@ -1,14 +1,15 @@
-"""Families written before transformers' attention interface, led to our attention.
+"""Families that do without transformers' attention interface, or tell it too little, led to our attention.
 
-Their modules multiply queries with keys themselves. `bridge` replaces one method of each, the innermost there is: in a
-step it takes the module's own queries, keys and values to our attention; at any other time it is what it was, so that
-the dense pass of the self-test remains transformers' code.
+Most of their modules multiply queries with keys themselves. `bridge` replaces one method of each, the innermost there
+is: in a step it takes the module's own queries, keys and values to our attention; at any other time it is what it was,
+so that the dense pass of the self-test remains transformers' code.
 
     bloom    ALiBi
     falcon   rotated, or ALiBi; keys and values are kept once for each KV head, not repeated for its query heads
     gpt_neo  neither rotated nor scaled; every other layer attends within a window
     gptj     rotated by its own code
     mpt      ALiBi; what reaches attention may be clipped
+    phimoe   goes through the interface, but tells only its mask of its window
 
 On several ranks a module has its rank's heads, while its backbone makes the bias of all: both ways take their part of
 it. This module knows how these families name their parts, and nothing of how attention is done.
@@ -150,12 +151,20 @@ class MptBridge(Bridge):
         return self.own(hidden_states, position_bias=position_bias[self.part.heads], **kwargs)
 
 
+class PhimoeBridge(Bridge):
+    module_class = "PhimoeAttention"
+
+    def in_step(self, *args: Any, **kwargs: Any) -> Result:
+        return self.own(*args, sliding_window=self.module.config.sliding_window, **kwargs)
+
+
 BRIDGES: Final[Mapping[str, type[Bridge]]] = {
     "bloom": BloomBridge,
     "falcon": FalconBridge,
     "gpt_neo": GptNeoBridge,
     "gptj": GptJBridge,
     "mpt": MptBridge,
+    "phimoe": PhimoeBridge,
 }
 """By family."""
 

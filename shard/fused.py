@@ -46,9 +46,9 @@ from shard.tensor_parallel import WideNorm
 FAMILIES: Final = frozenset(
     (
         *("arcee", "cohere", "cohere2", "cwm", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4"),
-        *("granite", "granite_swa", "helium", "internlm3", "iquestcoder", "jais2", "llama", "ministral", "ministral3"),
-        *("mistral", "nemotron", "olmo", "olmo2", "olmo3", "phi", "phi3", "qwen2", "qwen3", "seed_oss", "smollm3"),
-        *("stablelm", "starcoder2", "vaultgemma"),
+        *("granite", "granite_swa", "helium", "internlm3", "iquestcoder", "jais2", "llama", "ministral", "mistral"),
+        *("nemotron", "olmo", "olmo2", "olmo3", "phi", "phi3", "qwen2", "qwen3", "seed_oss", "smollm3", "stablelm"),
+        *("starcoder2", "vaultgemma"),
     )
 )
 """Families whose layers have the shape above; one that is not listed may have it too, which its tests would show."""
@@ -326,6 +326,8 @@ def _joined_bias(modules: Sequence[nn.Linear]) -> Tensor | None:
 
 def _rotations(source: Source) -> tuple[list[Rotation], Callable[[nn.Module], int | None]]:
     """The model's rotations, and which of them a layer uses."""
+    if hasattr(source.backbone, "rotary_embs"):
+        return _rotations_by_base(source.backbone)
     rotary = _child(source.backbone, "rotary_emb")
     if hasattr(rotary, "inv_freq"):
         _check_rope(rotary.rope_type)
@@ -336,6 +338,21 @@ def _rotations(source: Source) -> tuple[list[Rotation], Callable[[nn.Module], in
     for kind in kinds:
         _check_rope(rotary.rope_type[kind])  # type: ignore[index]
     return [_rotation(rotary, f"{kind}_") for kind in kinds], lambda layer: _kind_index(kinds, _attention(layer))
+
+
+def _rotations_by_base(backbone: nn.Module) -> tuple[list[Rotation], Callable[[nn.Module], int | None]]:
+    """granite_swa says of every layer by which base it rotates, 0 if it does not."""
+    rotaries = list(_child(backbone, "rotary_embs").children())
+    bases = [rotary.config.rope_parameters["rope_theta"] for rotary in rotaries]  # type: ignore[union-attr, index]
+    by_layer: list[float] = backbone.config.layer_rope_theta  # type: ignore[assignment, union-attr]
+    for rotary in rotaries:
+        _check_rope(rotary.rope_type)
+
+    def rotation_of(layer: nn.Module) -> int | None:
+        base = by_layer[_attention(layer).layer_idx]  # type: ignore[index]
+        return bases.index(base) if base else None
+
+    return [_rotation(rotary, "") for rotary in rotaries], rotation_of
 
 
 def _kind_index(kinds: Sequence[str], attention: nn.Module) -> int:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -268,7 +268,8 @@ def _config(values: dict[str, JsonValue]) -> PreTrainedConfig:
 
 
 def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    first, *further = str(error).splitlines() or [type(error).__name__]
+    return " ".join((first, *(line.strip() for line in further[:1]))) if first.endswith(":") else first
 
 
 def _empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -368,11 +369,14 @@ def _eos_token_ids(config: PreTrainedConfig, directory: Path) -> tuple[int, ...]
 def _max_positions(config: PreTrainedConfig) -> int:
     """Longest sequence the model computes the same in any batch; 0 when it names none."""
     positions: int = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None) or 0
-    rope: dict[str, str | int] = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") not in _LENGTH_DEPENDENT_ROPE:
-        return positions
-    trained = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", 0)
-    return min(positions, int(trained)) if trained else positions
+    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    by_kind = [of_kind for of_kind in rope.values() if isinstance(of_kind, dict)]  # of layers, if they differ
+    for parameters in by_kind or [rope]:
+        if parameters.get("rope_type") in _LENGTH_DEPENDENT_ROPE:
+            trained = parameters.get("original_max_position_embeddings")
+            trained = trained or getattr(config, "original_max_position_embeddings", 0)
+            positions = min(positions, int(trained)) if trained else positions
+    return positions
 
 
 def _probe(causal: PreTrainedModel, config: PreTrainedConfig, sharding: Sharding, device: torch.device) -> ShapeProbe:

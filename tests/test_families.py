@@ -137,7 +137,7 @@ def test_half_precision_passes_the_self_test_and_stays_near_float32(tmp_path: Pa
 
 
 @pytest.mark.parametrize("family", BRIDGES)
-def test_tokens_of_families_that_attend_by_themselves_are_those_of_generate(family: str, tmp_path: Path) -> None:
+def test_tokens_of_bridged_families_are_those_of_generate(family: str, tmp_path: Path) -> None:
     oracle = save_tiny(tmp_path, family)
     model = load(tmp_path)
     prompt = random_sequences()[3]
@@ -269,6 +269,23 @@ def test_positions_end_where_a_length_dependent_rotation_would_begin(tmp_path: P
     assert load(tmp_path).max_positions == 64
 
 
+@pytest.mark.parametrize("kind", ["full_attention", "sliding_attention"])
+def test_positions_end_where_the_rotation_of_some_layers_would_change(kind: str, tmp_path: Path) -> None:
+    rope: dict[str, object] = {
+        of_kind: {"rope_type": "default", "rope_theta": 10000.0} for of_kind in ("full_attention", "sliding_attention")
+    }
+    rope[kind] = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0, 1.0, 1.5, 2.0],
+        "long_factor": [1.0, 2.0, 4.0, 8.0],
+        "original_max_position_embeddings": 64,
+    }
+    save_tiny(tmp_path, "mellum", rope_parameters=rope)
+
+    assert load(tmp_path).max_positions == 64
+
+
 def test_end_tokens_come_from_the_generation_config(tmp_path: Path) -> None:
     save_tiny(tmp_path, "llama")
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
@@ -280,6 +297,14 @@ def test_bytes_per_block_counts_the_heads_that_reach_attention(tmp_path: Path) -
     save_tiny(tmp_path, "deepseek_v3")  # keys of 8 + 4, values of 10, 6 heads, 2 layers
 
     assert load(tmp_path).bytes_per_block == 4 * 2 * 6 * (12 + 10) * 4
+
+
+def test_a_value_of_another_type_is_refused_with_both_types(tmp_path: Path) -> None:
+    save_tiny(tmp_path, "mpt")
+    rewrite_config(tmp_path, attn_config={"clip_qkv": 6})
+
+    with pytest.raises(LoadError, match=r"field 'clip_qkv': .*expected float, got int"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{"])

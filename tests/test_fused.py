@@ -114,6 +114,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Setting]]] = {
     "one_kv_head_olmo2": ("olmo2", {"num_key_value_heads": 1}),
     "windowless_exaone4": ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 2}),
     "parallel_stablelm": ("stablelm", {"use_parallel_residual": True, "use_qkv_bias": True}),
+    "differently_rotated_granite_swa": ("granite_swa", {"layer_rope_theta": [500.0, 0]}),
     "multiplied_granite": ("granite", {"embedding_multiplier": 3.0, "residual_multiplier": 0.4}),
 }
 
@@ -125,6 +126,22 @@ def test_fused_layers_equal_transformers(name: str, tmp_path: Path) -> None:
     model = load(tmp_path)
 
     assert is_fused(model)
+    for actual, expected in answers(model, oracle):
+        assert float((actual - expected).abs().max()) <= 2e-5 * float(expected.abs().max())
+
+
+def test_queries_that_grow_past_a_position_keep_their_modules(tmp_path: Path) -> None:
+    """ministral3 scales them from a position on which the self-test does not reach."""
+    rope: dict[str, object] = {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "original_max_position_embeddings": 32,
+        "llama_4_scaling_beta": 0.5,
+    }
+    oracle = save_tiny(tmp_path, "ministral3", **WIDE, rope_parameters=rope)
+    model = load(tmp_path)
+
     for actual, expected in answers(model, oracle):
         assert float((actual - expected).abs().max()) <= 2e-5 * float(expected.abs().max())
 

@@ -195,7 +195,7 @@ SETTINGS: Mapping[str, Settings] = {
     "persimmon": _BASE,
     "phi": _BASE,
     "phi3": {**_BASE, "sliding_window": 7},
-    "phimoe": {**_BASE, "num_local_experts": 4},
+    "phimoe": {**_BASE, "num_local_experts": 4, "sliding_window": 7},
     "qwen2": {**_BASE, **_SLIDING, "use_sliding_window": True},
     "qwen2_moe": {
         **_BASE,
@@ -234,8 +234,8 @@ def tiny_model(family: str, **overrides: Setting) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_config(tiny_config(family, **overrides), attn_implementation=attention)
     model = model.float().eval()
     with torch.no_grad():
-        for tensor in model.parameters():
-            # What starts as zeros or ones (biases, norms, sinks) would hide being lost or doubled.
+        for tensor in model.state_dict().values():
+            # What starts as zeros or ones (biases, norms, sinks, corrections) would hide being lost or doubled.
             if tensor.ndim == 1 or not tensor.any():
                 tensor.add_(torch.randn_like(tensor), alpha=0.3)
     return model

@@ -9,8 +9,8 @@ write, and with shapes, so that code that calls them can be traced without being
     choose         sampling itself, by all its rules; it writes what seats know of their tokens
 
 Torch's dispatcher takes 2 µs of a call, and ten times as long when a step's weights have just passed through the
-caches: a served model's layers and head call `shard.kernels.native` themselves. Each has a function here that calls it
-with types.
+caches: a served model's layers and head and its sampler call `shard.kernels.native` themselves. Each has a function
+here that calls it with types.
 """
 
 from __future__ import annotations
