@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from shard.memory import zeros
 from shard.transfer import to_device
 
 
@@ -51,14 +51,6 @@ class KnownTokens:
 
     def _with_empty_row(self, table: Tensor | None, dtype: torch.dtype, seat: int) -> Tensor:
         if table is None:
-            return _zeros(self._shape, dtype, self._device)
+            return zeros(self._shape, dtype, self._device)
         table[seat].zero_()
         return table
-
-
-def _zeros(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """On a CPU in memory that the system gives when it is first touched: the tables of hundreds of seats have hundreds
-    of megabytes, and few of the seats may ever have a penalty. torch would write all of it at once."""
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    return torch.from_numpy(np.zeros(shape, dtype=np.bool_ if dtype == torch.bool else np.int32))

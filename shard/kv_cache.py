@@ -7,13 +7,13 @@ and in the width of their keys and values (multi-head latent attention has wider
 
 from __future__ import annotations
 
-import math
-import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from shard.memory import zeros
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +53,10 @@ class KVCache:
         self.block_size = block_size
         # One row per block: gathering whole blocks is one memory copy each.
         self._keys = [
-            _zeros((num_blocks, block_size * layer.kv_heads * layer.key_dim), dtype, device) for layer in layers
+            zeros((num_blocks, block_size * layer.kv_heads * layer.key_dim), dtype, device) for layer in layers
         ]
         self._values = [
-            _zeros((num_blocks, block_size * layer.kv_heads * layer.value_dim), dtype, device) for layer in layers
+            zeros((num_blocks, block_size * layer.kv_heads * layer.value_dim), dtype, device) for layer in layers
         ]
 
     @property
@@ -94,19 +94,6 @@ class KVCache:
     def _places(self, blocks: Tensor) -> Tensor:
         """[num_blocks * block_size, numbers per token]"""
         return blocks.view(self.num_blocks * self.block_size, -1)
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros that, on the CPU, take memory only once they are written: pages the system hands out on first touch.
-
-    `torch.zeros` writes every page, which for gigabytes takes seconds and holds memory that no sequence may ever need.
-    """
-    num_bytes = math.prod(shape) * dtype.itemsize
-    if device.type != "cpu" or not num_bytes:
-        return torch.zeros(shape, dtype=dtype, device=device)
-    # The tensor keeps the mapping alive, and its end unmaps it.
-    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 def _finite(tensor: Tensor) -> Tensor:

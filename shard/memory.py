@@ -1,11 +1,14 @@
-"""How much memory KV blocks may take when nobody says."""
+"""How much memory KV blocks may take when nobody says, and memory that is taken only as it is used."""
 
 from __future__ import annotations
 
+import math
+import mmap
 from pathlib import Path
 from typing import Final
 
 import torch
+from torch import Tensor
 
 CPU_SHARE: Final = 0.25
 CPU_MAX_BYTES: Final = 4 << 30
@@ -40,3 +43,16 @@ def _meminfo_available() -> int:
         if name == "MemAvailable":
             return int(rest.split()[0]) * 1024
     return CPU_MAX_BYTES
+
+
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros that, on the CPU, take memory only once they are written: pages the system hands out on first touch.
+
+    `torch.zeros` writes every page, which for gigabytes takes seconds and holds memory that no sequence may ever need.
+    """
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or not num_bytes:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # The tensor keeps the mapping alive, and its end unmaps it.
+    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
