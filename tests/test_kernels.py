@@ -535,10 +535,31 @@ def test_whatever_a_compiler_does_a_build_that_fails_says_so(
         build.build(AVX2)
 
 
-def test_a_library_is_built_with_a_torch_below_a_folder_with_a_space(
+def test_a_library_is_built_of_sources_below_any_folder(
     sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = tmp_path / "my projects"
+    odd = tmp_path / "my $pro:jects" / "cpu"
+    odd.parent.mkdir()
+    sources.rename(odd)
+    monkeypatch.setattr(build, "SOURCES", odd)
+
+    assert ctypes.CDLL(str(build.build(AVX2))).answer() == 42
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
+def test_a_library_of_which_the_end_is_lost_is_built_anew(sources: Path, share: float) -> None:
+    path = build.build(AVX2)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+
+    assert build.built_library(AVX2) is None
+    assert ctypes.CDLL(str(build.build(AVX2))).answer() == 42
+
+
+def test_a_library_is_built_with_a_torch_below_any_folder(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "my $projects"
     folder.symlink_to(cpp_extension.TORCH_LIB_PATH)
     monkeypatch.setattr(cpp_extension, "TORCH_LIB_PATH", str(folder))
 

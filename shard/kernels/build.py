@@ -20,6 +20,7 @@ import os
 import platform
 import shlex
 import shutil
+import struct
 import subprocess
 import sys
 import sysconfig
@@ -79,12 +80,26 @@ def best_variant() -> Variant | None:
 
 
 def built_library(variant: Variant) -> Path | None:
-    """The library of the current sources, if it has been built."""
+    """The library of the current sources, if it has been built and is still whole."""
     path = _path(variant)
-    if not os.path.isfile(path):  # unlike `Path.is_file` also where a folder may not be looked into
+    try:
+        if not _is_whole(path):
+            return None
+    except OSError:  # not there, or in a folder that may not be looked into
         return None
     _mark_used(path)
     return path
+
+
+def _is_whole(path: Path) -> bool:
+    """Linkers write the section headers last. To load a library that was cut may end the process."""
+    with path.open("rb") as library:
+        head = library.read(64)
+        num_bytes = library.seek(0, os.SEEK_END)
+    if len(head) < 64 or not head.startswith(b"\x7fELF"):
+        return False
+    [first], [size, count] = struct.unpack_from("<Q", head, 0x28), struct.unpack_from("<HH", head, 0x3A)
+    return bool(first + size * count <= num_bytes)
 
 
 def build(variant: Variant) -> Path:
@@ -108,11 +123,13 @@ def build(variant: Variant) -> Path:
 def _compile(variant: Variant, directory: str) -> Path:
     from torch.utils import cpp_extension  # a second, which nobody spends whose library is there
 
+    sources = Path(directory, "sources")
+    sources.symlink_to(SOURCES)  # ninja takes some letters of a path for its own
     try:
         with _ways_of_torch():
             library: str = cpp_extension.load(
                 name=f"kernels-{variant.name}",
-                sources=[str(SOURCES / "library.cpp")],
+                sources=[str(sources / "library.cpp")],
                 extra_cflags=_flags(variant),
                 extra_ldflags=[*_LINK_FLAGS],
                 build_directory=directory,
@@ -127,13 +144,14 @@ def _compile(variant: Variant, directory: str) -> Path:
 @contextlib.contextmanager
 def _ways_of_torch() -> Iterator[None]:
     """Our compiler, for torch has another default; ninja, which is installed beside the interpreter, where the shell
-    need not look; and the folder of torch's libraries, which it hands to the shell as it is, spaces and all."""
+    need not look; and the folder of torch's libraries, which it hands to ninja and the shell as it is, whatever its
+    name."""
     from torch.utils import cpp_extension
 
     folder, before = cpp_extension.TORCH_LIB_PATH, {name: os.environ.get(name) for name in ("CXX", "PATH")}
     os.environ["CXX"] = _compiler()
     os.environ["PATH"] = os.pathsep.join((sysconfig.get_path("scripts"), before["PATH"] or os.defpath))
-    cpp_extension.TORCH_LIB_PATH = shlex.quote(folder)
+    cpp_extension.TORCH_LIB_PATH = shlex.quote(folder).replace("$", "$$")
     try:
         yield
     finally:
