@@ -10,6 +10,10 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from shard.control_groups import own_groups
+
+MEMINFO: Final = Path("/proc/meminfo")
+
 CPU_SHARE: Final = 0.25
 CPU_MAX_BYTES: Final = 4 << 30
 
@@ -28,17 +32,22 @@ def default_kv_bytes(device: torch.device, world_size: int, cuda_memory_fraction
 
 def _available_bytes() -> int:
     """MemAvailable, or less where a control group allows less."""
-    available = _meminfo_available()
-    for limit_file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+    limits = map(_limit_bytes, own_groups("memory"))
+    return min([_meminfo_available(), *(limit for limit in limits if limit is not None)])
+
+
+def _limit_bytes(group: Path) -> int | None:
+    """Of versions 2 and 1 of control groups; None without one."""
+    for name in ("memory.max", "memory.limit_in_bytes"):
         try:
-            available = min(available, int(Path(limit_file).read_text()))
-        except (OSError, ValueError):  # no such control group, or "max"
+            return int((group / name).read_text())
+        except (OSError, ValueError):  # no such file, or "max"
             continue
-    return available
+    return None
 
 
 def _meminfo_available() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
+    for line in MEMINFO.read_text().splitlines():
         name, _, rest = line.partition(":")
         if name == "MemAvailable":
             return int(rest.split()[0]) * 1024

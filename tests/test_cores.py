@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from shard import cores
+from shard import control_groups
 from shard.cores import num_allowed_cores
 
 
@@ -48,8 +48,8 @@ from shard.cores import num_allowed_cores
 def test_the_limits_of_all_control_groups_around_are_kept(
     files: dict[str, str], expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cores, "CONTROL_GROUPS", tmp_path)
-    monkeypatch.setattr(cores, "OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(control_groups, "CONTROL_GROUPS", tmp_path)
+    monkeypatch.setattr(control_groups, "OWN_GROUPS", tmp_path / "own")
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
