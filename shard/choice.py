@@ -73,13 +73,14 @@ Group = Greedy | Free | Cut
 
 @dataclass(frozen=True, slots=True)
 class _Penalised:
-    """Rows with a repetition, frequency or presence penalty; columns [R, 1], neutral where a row lacks one of them."""
+    """Rows whose known tokens have a penalty or are forbidden; columns [R, 1], neutral where a row lacks a rule."""
 
     rows: Tensor  # [R], like the next
     seats: Tensor
     repetition: Tensor
     frequency: Tensor
     presence: Tensor
+    forbids: Tensor  # bool
     any_counts: bool
 
 
@@ -93,6 +94,7 @@ def _rule(params: SamplingParams) -> Rule:
         repetition_penalty=params.repetition_penalty,
         frequency_penalty=params.frequency_penalty,
         presence_penalty=params.presence_penalty,
+        forbids_known=params.forbids_known,
         num_top=params.top_n_tokens,
     )
     if not params.do_sample:
@@ -238,6 +240,7 @@ def _penalised(params: Sequence[SamplingParams], seats: Sequence[int], device: t
         repetition=column([p.repetition_penalty for p in alike], torch.float32, device),
         frequency=column([p.frequency_penalty for p in alike], torch.float32, device),
         presence=column([p.presence_penalty for p in alike], torch.float32, device),
+        forbids=column([p.forbids_known for p in alike], torch.bool, device),
         any_counts=any(p.penalises_counts for p in alike),
     )
 
@@ -249,6 +252,7 @@ def _penalise(scores: Tensor, rule: _Penalised, known: KnownTokens) -> None:
     if rule.any_counts:
         assert known.counts is not None, "a penalty without counts"
         after = penalise_counts(after, known.counts[rule.seats], rule.frequency, rule.presence)
+    after = after.masked_fill(rule.forbids, -torch.inf)
     scores[rule.rows] = torch.where(known.known[rule.seats], after, before)
 
 

@@ -1,4 +1,4 @@
-"""Which tokens the sequences in seats have, for the penalties that look back at them.
+"""Which tokens the sequences in seats have, for the rules that look back at them: penalties, and to come only once.
 
 A table of the vocabulary for each seat: what a rule asks of it is one look per token, however long the sequence, and
 the same whether torch looks or a native operation. What was chosen is noted by whoever has chosen it: by a native

@@ -14,7 +14,7 @@ one row's own numbers; the module knows neither seats nor batches.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -69,15 +69,15 @@ class RepeatedNGrams:
 
     def __init__(self, size: int) -> None:
         self._recent: deque[int] = deque(maxlen=size - 1)
-        self._followers: dict[tuple[int, ...], list[int]] = {}
+        self._followers: dict[tuple[int, ...], set[int]] = {}
 
     def append(self, token: int) -> None:
         if len(self._recent) == self._recent.maxlen:
-            self._followers.setdefault(tuple(self._recent), []).append(token)
+            self._followers.setdefault(tuple(self._recent), set()).add(token)
         self._recent.append(token)
 
-    def forbidden(self) -> Sequence[int]:
-        """Tokens that would end an n-gram a second time."""
+    def forbidden(self) -> Collection[int]:
+        """Tokens that would end an n-gram a second time, each once."""
         return self._followers.get(tuple(self._recent), ())
 
 

@@ -166,7 +166,7 @@ class Sampler:
             assert self._grammars is not None, "this sampler knows no grammars"
             self._grammars.open(seat, grammar, history, num_prompt_tokens)
             state.grammars = self._grammars
-        if params.no_repeat_ngram_size > 0:
+        if params.no_repeat_ngram_size > 1:  # a single token is forbidden by the table of known ones
             state.ngrams = RepeatedNGrams(params.no_repeat_ngram_size)
         if params.penalises:
             self._known.open(seat, counting=params.penalises_counts)

@@ -41,8 +41,14 @@ class SamplingParams:
         return self.frequency_penalty != 0.0 or self.presence_penalty != 0.0
 
     @property
+    def forbids_known(self) -> bool:
+        """Whether no token may come twice."""
+        return self.no_repeat_ngram_size == 1
+
+    @property
     def penalises(self) -> bool:
-        return self.repetition_penalty != 1.0 or self.penalises_counts
+        """Whether known tokens have other scores than their logits."""
+        return self.repetition_penalty != 1.0 or self.penalises_counts or self.forbids_known
 
     @property
     def watermarks(self) -> bool:
@@ -50,8 +56,8 @@ class SamplingParams:
 
     @property
     def forbids(self) -> bool:
-        """Whether known tokens rule out others."""
-        return self.no_repeat_ngram_size > 0 or bool(self.bad_words)
+        """Whether runs of known tokens rule out what would follow."""
+        return self.no_repeat_ngram_size > 1 or bool(self.bad_words)
 
     @property
     def needs_tokens(self) -> bool:

@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -430,6 +431,32 @@ def test_masks_come_first_and_what_they_leave_stands_where_other_rules_leave_not
     wanted = logits.double().log_softmax(-1).gather(1, chosen.token_ids[:, None])[:, 0]
     torch.testing.assert_close(chosen.logprobs.double(), wanted, atol=4e-6, rtol=0)
     assert not chosen.faults.any()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"known": torch.zeros(2, 69, dtype=torch.bool)},
+        {"known": torch.zeros(2, 71, dtype=torch.bool)},
+        {"masks": [Mask(0, np.zeros(2, dtype=np.uint32), 0.0, -math.inf)]},
+    ],
+    ids=["too narrow a table", "too wide a table", "too few words"],
+)
+def test_what_does_not_fit_the_vocabulary_is_not_read(team: Threads, given: dict[str, Any]) -> None:
+    with pytest.raises(AssertionError, match="70"):
+        native.choose(random_logits((2, 70)), ChoiceRules([Rule()] * 2, [0] * 2).arguments([0, 0], **given), team)
+
+
+def test_no_token_comes_twice_where_known_ones_are_forbidden(team: Threads) -> None:
+    logits = random_logits((2, PART + 70)).repeat(2, 1)
+    order = logits[:2].argsort(-1, descending=True)
+    known = torch.zeros(4, logits.shape[1], dtype=torch.bool).scatter_(1, order[:, :300].repeat(2, 1), True)
+    rules = ChoiceRules([Rule(forbids_known=row < 2) for row in range(4)], [0] * 4, range(4))
+
+    for step in range(3):
+        tokens = native.choose(logits, rules.arguments([step] * 4, known=known), team).token_ids
+
+        assert tokens.tolist() == [*order[:, 300 + step].tolist(), *order[:, 0].tolist()]
 
 
 def test_biases_are_added_to_their_tokens_alone(team: Threads) -> None:

@@ -36,6 +36,7 @@ NUM_NEW = 12
 GREEDY = Sampling()
 DRAWN = Sampling(do_sample=True, temperature=0.7, seed=3)
 PENALISED = Sampling(repetition_penalty=1.3, frequency_penalty=0.2, logit_bias=((5, 9.0), (9, 9.0)), min_new_tokens=9)
+ONCE = Sampling(no_repeat_ngram_size=1)
 
 
 @pytest.fixture(scope="module")
@@ -127,8 +128,8 @@ def requests_of(*ways: Sampling) -> list[Request]:
 @pytest.mark.parametrize("attention", [PagedAttention, VarlenAttention])
 @pytest.mark.parametrize(
     "ways",
-    [(GREEDY,) * 3, (DRAWN,) * 3, (PENALISED,) * 3, (GREEDY, DRAWN, PENALISED)],
-    ids=["greedy", "drawn", "penalised", "mixed"],
+    [(GREEDY,) * 3, (DRAWN,) * 3, (PENALISED,) * 3, (ONCE,) * 3, (GREEDY, DRAWN, PENALISED)],
+    ids=["greedy", "drawn", "penalised", "once", "mixed"],
 )
 def test_the_host_waits_for_nothing_but_the_end_of_a_step(
     model: Model, driver: Driver, attention: Attention, ways: tuple[Sampling, ...], max_repeats: int

@@ -491,10 +491,10 @@ def test_rules_that_leave_no_token_leave_the_models_choice() -> None:
     ],
 )
 def test_scores_that_are_no_numbers_leave_the_models_choice(rules: dict[str, float]) -> None:
-    """A tiny penalty makes a known token's logit infinite, and forbidding it takes infinity off."""
+    """A tiny penalty makes a known token's logit infinite, and a bad word takes infinity off."""
     logits = peaked_logits(1, 20_000, seed=5)
     logits[0, [1, 5, 3]] = 2.0
-    params = SamplingParams(repetition_penalty=1e-39, no_repeat_ngram_size=1, **rules)  # type: ignore[arg-type]
+    params = SamplingParams(repetition_penalty=1e-39, bad_words=((5,),), **rules)  # type: ignore[arg-type]
 
     sampled = sample_once(params, logits)
 

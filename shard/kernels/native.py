@@ -513,6 +513,7 @@ class Rule(NamedTuple):
     repetition_penalty: float = 1.0
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
+    forbids_known: bool = False
     num_top: int = 0
     """How many of the likeliest tokens are wanted too, by logit."""
 
@@ -546,7 +547,7 @@ class ChoiceRules:
     ) -> None:
         """`seeds`, of 64 bits, are for the rows that draw; `seats`, in the tables of known tokens, for those with a
         penalty."""
-        self.rules = torch.tensor(rules, dtype=torch.float64)  # [R, 9]
+        self.rules = torch.tensor(rules, dtype=torch.float64)  # [R, 10]
         self.seeds = torch.tensor([seed - (seed >> 63 << 64) for seed in seeds], dtype=torch.int64)  # [R]
         self.seats = torch.tensor(seats, dtype=torch.int64)  # [R]
         self.biases = _changes(biases)

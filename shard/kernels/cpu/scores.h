@@ -23,12 +23,13 @@ struct Rule {
   double repetition;   // 1: off
   double frequency;    // 0: off
   double presence;     // 0: off
+  double forbids;      // 0: off; 1: all tokens that are known
   double num_top;      // a whole number: how many of the likeliest tokens are wanted too
 
   bool draws() const { return temperature > 0; }
   bool cuts() const { return draws() && (top_k > 0 || top_p < 1 || min_p > 0 || typical_p < 1); }
   bool counts() const { return frequency != 0 || presence != 0; }
-  bool penalises() const { return repetition != 1 || counts(); }
+  bool penalises() const { return repetition != 1 || counts() || forbids; }
 
   // Whether typical-p is of the whole vocabulary.
   bool is_typical_alone() const { return typical_p < 1 && !top_k && top_p >= 1 && !min_p; }
@@ -133,7 +134,7 @@ class Scores {
     for (const uint8_t* found = next(0); found; found = next(static_cast<size_t>(found - known) + 1)) {
       const size_t place = static_cast<size_t>(found - known);
       float& score = part.changed()[place];
-      score = repeated(score, rule);
+      score = rule.forbids ? -INFINITY : repeated(score, rule);
       if (rule.counts()) score = counted(score, rules_.counts[place_of(row) + part.start + place], rule);
     }
   }
