@@ -9,6 +9,7 @@ A plan says for every matrix which of its units each rank keeps. Its keys are th
 
     Split("out", "q")         output features, by query heads             column-parallel
     Split("out", "q+kv+kv")   several stacked outputs in one matrix
+    Split("out", "group")     for one KV head after the other, its query heads, its key, its value
     Split("in", "q")          input features, by query heads              row-parallel: the ranks' outputs are summed
     Split("out", "ffn")       output features, evenly
     EMBEDDING, HEAD           rows of the vocabulary
@@ -38,7 +39,8 @@ class Split:
     """How a matrix is divided.
 
     `units` names what is stacked along the axis: `q` query heads, `kv` KV heads, `ffn` single features, `pair` features
-    two by two, joined by `+`. `transposed` matrices keep inputs before outputs. `wide` is for norms over all heads.
+    two by two, joined by `+`; or it is `group`. `transposed` matrices keep inputs before outputs. `wide` is for norms
+    over all heads.
     """
 
     axis: Literal["out", "in"]
@@ -375,7 +377,7 @@ def plan_for(model_type: str, *, multi_query: bool = True) -> Plan:
     if model_type == "gpt_bigcode" and not multi_query:
         return {**_GPT_BIGCODE, "h.*.attn.c_attn": Q}
     if model_type == "falcon" and not multi_query:
-        return {**_FALCON, "h.*.self_attention.query_key_value": KV}
+        return {**_FALCON, "h.*.self_attention.query_key_value": Split("out", "group")}
     return PLANS[model_type]
 
 

@@ -127,18 +127,29 @@ class Sharding:
 
     def _cut(self, name: str, split: Split, shape: tuple[int, ...]) -> Cut:
         dim = _dimension(split, len(shape))
+        if split.units == "group":
+            num_heads = self.heads.query + 2 * self.heads.key_value
+            return Cut(dim, self._kept_groups(_width(name, shape[dim], num_heads)))
         units = split.units.split("+")
         # Heads stacked in one matrix are equally wide; stacks of features are equally long.
         counts = [self._num_units(unit, shape[dim] // len(units)) for unit in units]
-        width, left = divmod(shape[dim], sum(counts))
-        if left:
-            raise LoadError(f"{name} has {shape[dim]} features, not a multiple of its {sum(counts)} units")
+        width = _width(name, shape[dim], sum(counts))
         ranges, start = [], 0
         for unit, count in zip(units, counts, strict=True):
             kept = self._kept_units(unit, count)
             ranges.append(range(start + kept.start * width, start + kept.stop * width))
             start += count * width
         return Cut(dim, tuple(ranges))
+
+    def _kept_groups(self, width: int) -> tuple[range, ...]:
+        """Of KV heads that each lie behind their query heads, as key and value; all heads are `width` features wide."""
+        kept, size, ranges = self.kept.query, self.heads.group, []
+        for head in self.kept.key_value:
+            first, end = max(kept.start, head * size), min(kept.stop, (head + 1) * size)
+            key = (head + 1) * size
+            before = 2 * head  # keys and values of other heads
+            ranges += [(first + before, end + before), (key + before, key + before + 2)]
+        return tuple(range(first * width, end * width) for first, end in ranges)
 
     def _num_units(self, unit: str, features: int) -> int:
         return {"q": self.heads.query, "kv": self.heads.key_value, "ffn": features, "pair": features // 2}[unit]
@@ -153,6 +164,13 @@ class Sharding:
 
 def _tail_pattern(tail: str) -> re.Pattern[str]:
     return re.compile(r"(?:^|\.)" + re.escape(tail).replace(r"\*", r"\d+") + "$")
+
+
+def _width(name: str, features: int, num_units: int) -> int:
+    width, left = divmod(features, num_units)
+    if left:
+        raise LoadError(f"{name} has {features} features, not a multiple of its {num_units} units")
+    return width
 
 
 def _dimension(split: Split, ndim: int) -> int:

@@ -30,6 +30,7 @@ VARIANTS: Mapping[str, tuple[str, Mapping[str, Setting]]] = {
     "one_kv_head_phi3": ("phi3", {"num_key_value_heads": 1}),
     "alibi_falcon": ("falcon", FALCON_RW),
     "one_kv_head_falcon": ("falcon", FALCON_7B),
+    "one_group_falcon": ("falcon", {"num_kv_heads": 1}),
     "normed_heads_stablelm": ("stablelm", {"qk_layernorm": True, "use_parallel_residual": True}),
     "full_query_deepseek": ("deepseek_v3", {"q_lora_rank": None}),
 }
@@ -170,6 +171,14 @@ def test_features_that_are_no_multiple_of_the_heads_are_refused() -> None:
 def test_a_missing_rank_is_reported(tmp_path: Path) -> None:
     with pytest.raises(LoadError, match="rank 0 met not all 2 ranks within 1 s"):
         connect(0, 2, str(tmp_path / "store"), CPU, timeout_s=1)
+
+
+def test_a_file_that_an_earlier_group_met_through_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(LoadError, match="met not all"):
+        connect(0, 2, str(tmp_path / "store"), CPU, timeout_s=1)
+
+    with pytest.raises(LoadError, match="used by an earlier group: every life of a group needs a new --store-path"):
+        connect(0, 2, str(tmp_path / "store"), CPU, timeout_s=PATIENCE_S)
 
 
 def test_a_lone_rank_needs_no_group() -> None:
