@@ -31,7 +31,7 @@ class ShardConfig:
     rank: int = _option(0, "index of this process in its group")
     world_size: int = _option(1, "processes in the group")
     address: str = _option("unix:/tmp/shardstream-0", "where to listen: unix:/path or host:port")
-    store_path: str = _option("", "file through which the ranks of one life of a group meet")
+    store_path: str = _option("", "file through which the ranks of one life of a group meet; a new one each time")
     join_timeout_s: float = _option(60.0, "how long to wait for the other ranks at start")
     step_timeout_s: float = _option(300.0, "a step that takes longer ends the process")
     dtype: str = _option("auto", "of weights and activations; auto: bfloat16 where the device computes in it", DTYPES)

@@ -110,8 +110,8 @@ class RankGroup:
 def connect(rank: int, world_size: int, store_path: str, device: torch.device, timeout_s: float) -> RankGroup:
     """Joins the group; returns when all ranks have.
 
-    `store_path` is a file that no earlier group has used. Raises `LoadError` when a rank is missing for `timeout_s`,
-    which is also how long a collective may take later.
+    Raises `LoadError` when a rank is missing for `timeout_s`, which is also how long a collective may take later, or
+    when an earlier group has used the file at `store_path`, where its addresses still are.
     """
     if world_size == 1:
         return RankGroup()
@@ -120,6 +120,8 @@ def connect(rank: int, world_size: int, store_path: str, device: torch.device, t
     timeout = timedelta(seconds=timeout_s)
     store = dist.FileStore(store_path, world_size)  # type: ignore[attr-defined]
     store.set_timeout(timeout)
+    if store.add(f"life-of-{rank}", 1) > 1:
+        raise LoadError(f"{store_path} was used by an earlier group: every life of a group needs a new --store-path")
     try:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
