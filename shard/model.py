@@ -46,7 +46,8 @@ from shard.fused import FusedDecoder, NotFusable, PackedHead, Source, fuse, pack
 from shard.kernels import native
 from shard.kernels.packing import Kind
 from shard.kv_cache import KVCache, LayerShape, bytes_per_block
-from shard.tensor_parallel import Heads, Sharding, join_ranks
+from shard.routes import Routes
+from shard.tensor_parallel import Heads, Sharding, deal, join_ranks
 from shard.weights import Loader, open_checkpoint
 
 log = logging.getLogger(__name__)
@@ -420,6 +421,7 @@ class _Expected:
     input_ids: Tensor  # [n] int64
     positions: Tensor  # [n] int64
     hidden: Tensor  # [n, width]
+    routes: Routes
 
     def distance(self, hidden: Tensor) -> float:
         """Relative, of [rows, n, width]; not below any limit when something is not finite."""
@@ -444,7 +446,9 @@ def _expected(model: Model, chunks: Sequence[int]) -> _Expected:
     num_tokens = min(sum(chunks), model.max_positions or sum(chunks))
     input_ids = (torch.arange(num_tokens, device=model.device) * 7919 + 11) % model.vocab_size
     positions = torch.arange(num_tokens, device=model.device)
-    return _Expected(input_ids, positions, model.dense_hidden(input_ids, positions))
+    routes = Routes(model._backbone)
+    with routes.noted():
+        return _Expected(input_ids, positions, model.dense_hidden(input_ids, positions), routes)
 
 
 @torch.inference_mode()
@@ -537,7 +541,8 @@ def _attend_better(
 
 
 def _paged_hidden(model: Model, expected: _Expected, chunks: Sequence[int]) -> Tensor:
-    """[2, n, width]: the prompt in chunks, and the same in a second row, which is a chunk behind the first."""
+    """[2, n, width]: the prompt in chunks, and the same in a second row, which is a chunk behind the first. Tokens take
+    the experts that they took in the dense pass."""
     stops = [min(stop, len(expected.input_ids)) for stop in accumulate(chunks, initial=0)]
     spans = [(start, stop) for start, stop in pairwise(stops) if start < stop]
     num_blocks = -(-stops[-1] // model.block_size)
@@ -558,7 +563,8 @@ def _paged_hidden(model: Model, expected: _Expected, chunks: Sequence[int]) -> T
         )
         input_ids = torch.cat([expected.input_ids[span] for span in fed])
         positions = torch.cat([expected.positions[span] for span in fed])
-        hidden = model.hidden(input_ids, positions, batch)
+        with expected.routes.taken_again(positions):
+            hidden = model.hidden(input_ids, positions, batch)
         for row, part in zip(rows, torch.split(hidden, [len(of_row) for of_row in slots]), strict=True):
             parts[row].append(part)
     model.release()

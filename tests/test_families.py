@@ -183,7 +183,6 @@ def test_families_that_would_be_silently_wrong_are_refused(model_type: str) -> N
         ({"model_type": "gemma3", "text_config": {}, "vision_config": {}}, "more than text"),
         ({"model_type": "dbrx"}, "not been verified"),
         ({"model_type": "my_model", "auto_map": {"AutoModelForCausalLM": "modeling.Mine"}}, "brings its own code"),
-        ({"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}, "quantised"),
         ({"model_type": "llama", "layer_types": ["full_attention", "linear_attention"]}, "linear_attention"),
         ({"model_type": "mpt", "attn_config": {"alibi": True}, "no_bias": False}, "no_bias is False"),
         ({"model_type": "mpt", "attn_config": {"alibi": False}}, r"attn_config\.alibi is False"),
@@ -196,6 +195,7 @@ def test_what_cannot_be_served_is_refused_with_a_sentence(config: dict[str, obje
 
 def test_a_config_says_what_the_model_is_and_not_what_is_run_or_returned() -> None:
     config = {"model_type": "llama", "hidden_size": 8, "auto_map": {}, "use_kernels": True, "return_dict": False}
+    config["quantization_config"] = {"quant_method": "gptq"}
 
     assert served_config(config) == {"model_type": "llama", "hidden_size": 8}
 
@@ -219,8 +219,16 @@ def test_config_keys_that_name_code_or_kernels_never_take_effect(tmp_path: Path)
     assert_close_to(model.logits(hidden), dense_logits(oracle, tokens))
 
 
+@pytest.mark.parametrize("family", ["mixtral", "phimoe"])
+def test_a_mixture_is_not_refused_because_rounding_decides_between_experts(tmp_path: Path, family: str) -> None:
+    save_tiny(tmp_path, family, num_hidden_layers=7)
+
+    assert load(tmp_path, torch.bfloat16).model_type == family
+
+
+@pytest.mark.parametrize(("family", "dtype"), [("llama", torch.float32), ("mixtral", torch.bfloat16)])
 def test_attention_that_is_wrong_on_the_loaded_weights_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, dtype: torch.dtype
 ) -> None:
     right = PagedAttention.__call__
 
@@ -230,10 +238,10 @@ def test_attention_that_is_wrong_on_the_loaded_weights_is_refused(
         return right(self, layer, query, key, value, AttentionOptions(options.scaling, window=8))
 
     monkeypatch.setattr(PagedAttention, "__call__", forgetful)
-    save_tiny(tmp_path, "llama")
+    save_tiny(tmp_path, family)
 
     with pytest.raises(LoadError, match="self-test failed"):
-        load(tmp_path)
+        load(tmp_path, dtype)
 
 
 def test_a_window_that_does_not_reach_attention_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
