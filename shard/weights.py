@@ -7,7 +7,8 @@
     parameters  a sharded parameter is read slice by slice; where several tensors are joined, each is sliced before the
                 joining whenever that is the same thing
 
-This module knows nothing of what the model computes.
+What is read need not be a tensor of a file: `shard.dequantize` makes others that read alike (`Readable`). This module
+knows nothing of what the model computes.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import EllipsisType
-from typing import Final
+from typing import Final, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -52,7 +53,12 @@ _DTYPES: Final[Mapping[str, torch.dtype]] = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
 }
+
+Index = tuple[slice | EllipsisType, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +76,49 @@ class StoredTensor:
     def num_bytes(self) -> int:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
+    def read(self, files: Files, index: Index) -> Tensor:
+        return files.read(self, index)
+
+
+class Readable(Protocol):
+    """A tensor, unread, that a checkpoint holds in one way or another: `StoredTensor` says what the members are."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def start(self) -> int: ...
+    @property
+    def num_bytes(self) -> int: ...
+    def read(self, files: Files, index: Index) -> Tensor:
+        """A part of it, in memory that may be the file's own."""
+
+
+class Files:
+    """Files that are being read from, each opened once."""
+
+    def __init__(self) -> None:
+        self._opened: dict[Path, safe_open] = {}
+
+    def read(self, stored: StoredTensor, index: Index) -> Tensor:
+        """Raises `LoadError` naming tensor and file."""
+        try:
+            if stored.path not in self._opened:
+                self._opened[stored.path] = safe_open(stored.path, framework="pt")
+            whole = self._opened[stored.path].get_slice(stored.name)  # type: ignore[no-untyped-call]
+            read: Tensor = whole[index]
+        except (OSError, SafetensorError) as error:
+            raise LoadError(f"{stored.path}: {stored.name} cannot be read: {error}") from error
+        return read
+
+    def close(self) -> None:
+        self._opened.clear()
+
 
 def open_checkpoint(directory: Path) -> dict[str, StoredTensor]:
     """Every tensor of a checkpoint by name. Raises `LoadError` naming the file that is missing or damaged."""
@@ -77,6 +126,8 @@ def open_checkpoint(directory: Path) -> dict[str, StoredTensor]:
     if index_path.is_file():
         return _open_indexed(index_path)
     path = directory / "model.safetensors"
+    if not path.is_file() and len(only := list(directory.glob("*.safetensors"))) == 1:
+        (path,) = only  # AutoGPTQ put its settings into the name
     if not path.is_file():
         others = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for p in directory.glob(pattern))
         found = f", only {', '.join(others[:3])}" if others else ""
@@ -146,7 +197,7 @@ def _read_header(path: Path) -> Iterator[StoredTensor]:
 class _Sources:
     """The stored tensors that make up one parameter, or several if they are split up."""
 
-    tensors: list[tuple[str, StoredTensor]] = field(default_factory=list)
+    tensors: list[tuple[str, Readable]] = field(default_factory=list)
     """With the pattern that matched each, in the order a converter wants them."""
     converter: WeightConverter | None = None
 
@@ -157,7 +208,7 @@ class Loader:
     def __init__(
         self,
         model: PreTrainedModel,
-        stored: Mapping[str, StoredTensor],
+        stored: Mapping[str, Readable],
         sharding: Sharding,
         dtype: torch.dtype,
         on_progress: Callable[[int, int], None],
@@ -166,7 +217,7 @@ class Loader:
         self._sharding = sharding
         self._meta: dict[str, Tensor] = model.state_dict()
         self._exact = {re.compile(key.replace("*", ".*")): kept for key, kept in model._get_dtype_plan(dtype).items()}
-        self._files: dict[Path, safe_open] = {}
+        self._files = Files()
         self._sources, self.unexpected = _map_sources(model, self._meta, stored)
         self._on_progress = on_progress
         self._done_bytes = 0
@@ -183,7 +234,7 @@ class Loader:
             for target, tensor in self._make(name, sources):
                 # A copy in any case: safetensors hands out the mapped file, which may be overwritten while we serve.
                 loaded[target] = tensor.contiguous().to(device=device, dtype=self._dtype(target), copy=True)
-        self._files.clear()
+        self._files.close()
         return loaded
 
     def _make(self, name: str, sources: _Sources) -> Iterator[tuple[str, Tensor]]:
@@ -195,7 +246,7 @@ class Loader:
                 raise LoadError(f"{path}: {target} would be {tensor.dtype}, which is no {whole.dtype}")
             yield target, tensor
 
-    def _copy(self, name: str, stored: StoredTensor) -> Tensor:
+    def _copy(self, name: str, stored: Readable) -> Tensor:
         whole = tuple(self._meta[name].shape)
         if stored.shape != whole:
             raise _wrong_shape(stored, stored.name, stored.shape, whole)
@@ -223,18 +274,12 @@ class Loader:
                 raise _wrong_shape(first, target, tuple(tensor.shape), wanted)
         return made
 
-    def _read(self, stored: StoredTensor, cut: Cut | None) -> Tensor:
+    def _read(self, stored: Readable, cut: Cut | None) -> Tensor:
         if cut is NOTHING:
             return torch.zeros(stored.shape, dtype=stored.dtype)
-        try:
-            if stored.path not in self._files:
-                self._files[stored.path] = safe_open(stored.path, framework="pt")
-            whole = self._files[stored.path].get_slice(stored.name)  # type: ignore[no-untyped-call]
-            parts = [whole[index] for index in _indices(cut)]
-        except (OSError, SafetensorError) as error:
-            raise LoadError(f"{stored.path}: {stored.name} cannot be read: {error}") from error
+        parts = [stored.read(self._files, index) for index in _indices(cut)]
         read = parts[0] if len(parts) == 1 else torch.cat(parts, dim=cut.dim if cut else 0)
-        self._done_bytes += read.nbytes
+        self._done_bytes += _kept_bytes(stored, cut)
         self._on_progress(self._done_bytes, self._total_bytes)
         return read
 
@@ -264,7 +309,7 @@ class Loader:
 
 
 def _map_sources(
-    model: PreTrainedModel, meta: Mapping[str, Tensor], stored: Mapping[str, StoredTensor]
+    model: PreTrainedModel, meta: Mapping[str, Tensor], stored: Mapping[str, Readable]
 ) -> tuple[dict[str, _Sources], list[str]]:
     """What makes up each parameter, and the names of stored tensors that are part of none."""
     transforms = get_model_conversion_mapping(model)
@@ -312,14 +357,17 @@ def _only_stacks(converter: WeightConverter, dim: int) -> bool:
     return False
 
 
-def _kept_bytes(stored: StoredTensor, cut: Cut | None) -> int:
+def _kept_bytes(stored: Readable, cut: Cut | None) -> int:
+    """What the part takes in the file, in proportion."""
     if cut is NOTHING:
         return 0
-    shape = stored.shape if cut is None else cut.shape(stored.shape)
-    return torch.Size(shape).numel() * stored.dtype.itemsize
+    if cut is None:
+        return stored.num_bytes
+    kept, whole = (torch.Size(shape).numel() for shape in (cut.shape(stored.shape), stored.shape))
+    return stored.num_bytes * kept // max(1, whole)
 
 
-def _wrong_shape(stored: StoredTensor, name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> LoadError:
+def _wrong_shape(stored: Readable, name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> LoadError:
     return LoadError(f"{stored.path}: {name} has shape {list(shape)}, the model wants {list(wanted)}")
 
 
@@ -329,10 +377,12 @@ def _place_on_disk(entry: tuple[str, _Sources]) -> tuple[str, int]:
 
 
 def _same_kind(tensor: Tensor, other: Tensor) -> bool:
-    return tensor.is_floating_point() == other.is_floating_point()
+    """Eight bits are codes, which mean nothing without a scale."""
+    is_code = tensor.is_floating_point() and tensor.itemsize == 1
+    return tensor.is_floating_point() == other.is_floating_point() and not is_code
 
 
-def _indices(cut: Cut | None) -> list[tuple[slice | EllipsisType, ...]]:
+def _indices(cut: Cut | None) -> list[Index]:
     """What to ask a stored tensor for, one piece after the other."""
     if cut is None:
         return [(...,)]

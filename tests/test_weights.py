@@ -134,7 +134,7 @@ def shift_first_tensor(header: Header) -> None:
 
 
 def set_unknown_dtype(header: Header) -> None:
-    next(entry for name, entry in header.items() if name != "__metadata__")["dtype"] = "F8_E4M3"
+    next(entry for name, entry in header.items() if name != "__metadata__")["dtype"] = "F4"
 
 
 def drop_shape(header: Header) -> None:
@@ -251,10 +251,11 @@ def test_a_wrong_shape_is_named_with_its_file(tmp_path: Path) -> None:
         load(tmp_path)
 
 
-def test_weights_of_a_kind_that_cannot_be_computed_with_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_weights_of_a_kind_that_cannot_be_computed_with_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
     save_tiny(tmp_path, "llama")
     with weights_of(tmp_path) as stored:
-        stored["model.norm.weight"] = torch.ones(48, dtype=torch.int8)
+        stored["model.norm.weight"] = torch.ones(48).to(dtype)
 
-    with pytest.raises(LoadError, match=r"model\.norm\.weight.*int8"):
+    with pytest.raises(LoadError, match=rf"model\.norm\.weight.*{dtype}"):
         load(tmp_path)
