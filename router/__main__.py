@@ -27,7 +27,7 @@ from fastapi import FastAPI
 
 from router.api.app import create_app
 from router.api.connection import Connection
-from router.config import BUNDLED_MODEL_ID, OWN_QUANTIZE, Config, load_config
+from router.config import BUNDLED_MODEL_ID, Config, load_config
 from router.console import LoadingDisplay, configure_logging, ready_message, say
 from router.engine import SHUTTING_DOWN, Elsewhere, Engine, EngineSettings, Supervisor
 from router.errors import GroupLost, StartupError
@@ -181,7 +181,7 @@ async def _group(config: Config, directory: Path) -> AsyncIterator[tuple[list[st
         return
     flags = (
         *("--dtype", config.dtype, "--device", config.device),
-        *("--quantize", config.quantize if config.quantize in OWN_QUANTIZE else "none"),
+        *("--quantize", config.quantize),
         *("--kv-cache-bytes", str(config.kv_cache_bytes)),
         *("--cuda-memory-fraction", str(config.cuda_memory_fraction)),
         *("--step-timeout-s", str(config.step_timeout)),

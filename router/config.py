@@ -45,15 +45,12 @@ def _option(default: T, help_: str, group: str, *, env: str = "", secret: bool =
     return value
 
 
-OWN_QUANTIZE: Final = ("none", "bf16", "int8", "int4")
-"""Values of the flag that shards know."""
-
 QUANTIZE: Final = (
-    *OWN_QUANTIZE,
+    *("none", "bf16", "int8", "int4"),
     *("awq", "bitsandbytes", "bitsandbytes-fp4", "bitsandbytes-nf4", "compressed-tensors", "eetq", "exl2", "fp8"),
     *("gptq", "marlin"),
 )
-"""All values of TGI's flag, and ours in front: a launch script must not fail on a value that is not needed here."""
+"""All values of TGI's flag, and ours in front."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +72,7 @@ class Config:
     quantize: str = _option(
         "none",
         "weights in fewer bits: bf16; int8 and int4 on a CPU with the native operations, which multiply them by 8-bit "
-        "integers; other values are TGI's and leave the weights as they are stored",
+        "integers; other values are TGI's and name how the checkpoint is quantised, which is found out in any case",
         "Model",
         env="QUANTIZE",
         choices=QUANTIZE,
@@ -319,7 +316,7 @@ def load_config(arguments: Sequence[str], environ: Mapping[str, str]) -> Loaded:
         _check_together(config)
     except ValueError as error:
         parser.error(str(error))
-    return Loaded(config, (*_quantize_notice(config), *_notices(given, environ)))
+    return Loaded(config, tuple(_notices(given, environ)))
 
 
 def config_table() -> str:
@@ -515,11 +512,6 @@ def _check_together(config: Config) -> None:
         raise ValueError("`sharded` is true: say how many ranks with `num_shard`")
     if config.num_shard and config.shard_addresses and config.num_shard != len(config.shard_addresses):
         raise ValueError(f"`num_shard` is {config.num_shard} but there are {len(config.shard_addresses)} addresses")
-
-
-def _quantize_notice(config: Config) -> Iterator[str]:
-    if config.quantize not in OWN_QUANTIZE:
-        yield f"--quantize {config.quantize} has no effect: weights are used as they are stored"
 
 
 def _notices(given: Mapping[str, _Given | None], environ: Mapping[str, str]) -> Iterator[str]:

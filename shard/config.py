@@ -11,7 +11,12 @@ ENV_PREFIX: Final = "SHARDSTREAM_"
 DEFAULT_MODEL_ID: Final = "smollm2-135m-instruct"
 DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
 DEVICES: Final = ("auto", "cpu", "cuda")
-QUANTIZE: Final = ("none", "bf16", "int8", "int4")
+METHODS: Final = (
+    *("awq", "bitsandbytes", "bitsandbytes-fp4", "bitsandbytes-nf4", "compressed-tensors", "eetq", "exl2", "fp8"),
+    *("gptq", "marlin"),
+)
+"""TGI's names of what a checkpoint may be quantised by."""
+QUANTIZE: Final = ("none", "bf16", "int8", "int4", *METHODS)
 NATIVE: Final = ("auto", "off")
 
 T = TypeVar("T")

@@ -459,6 +459,9 @@ _CODE_KEYS: Final = frozenset(
 _OUTPUT_KEYS: Final = frozenset(("return_dict", "output_attentions", "output_hidden_states", "output_router_logits"))
 """What a forward pass returns is our choice, not the checkpoint's."""
 
+_STORAGE_KEYS: Final = frozenset(("quantization_config", "compression_config"))
+"""How weights are stored is `shard.dequantize`'s business; the modules never know."""
+
 
 def served_config(config: JsonObject) -> dict[str, JsonValue]:
     """A checkpoint's `config.json` as it may take effect: it says what the model is, not what is run or returned.
@@ -471,9 +474,7 @@ def served_config(config: JsonObject) -> dict[str, JsonValue]:
     if "auto_map" in config and model_type not in PLANS:
         raise LoadError(f"model type {model_type!r} brings its own code (auto_map), which is never run")
     _refuse_family(model_type, config)
-    if config.get("quantization_config"):
-        raise LoadError("the checkpoint is quantised (quantization_config), and quantised weights are not served")
-    return {key: value for key, value in config.items() if key not in _CODE_KEYS | _OUTPUT_KEYS}
+    return {key: value for key, value in config.items() if key not in _CODE_KEYS | _OUTPUT_KEYS | _STORAGE_KEYS}
 
 
 def _refuse_family(model_type: str, config: JsonObject) -> None:

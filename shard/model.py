@@ -39,6 +39,7 @@ from shard.attention import (
     install,
 )
 from shard.bridges import bridge, own_attention
+from shard.dequantize import check_named, decoded, quantization
 from shard.distributed import RankGroup
 from shard.errors import LoadError
 from shard.families import JsonObject, JsonValue, plan_for, served_config
@@ -216,16 +217,21 @@ def load_model(
     block_size: int = BLOCK_SIZE,
     use_native: bool = True,
     quantize: Kind | None = None,
+    named_method: str | None = None,
 ) -> Model:
     """Loads this rank's part and proves on it that paged attention equals dense.
 
     `on_progress(done_bytes, total_bytes)` counts what this rank reads. With `use_native`, layers are fused where that
-    is possible; `quantize` makes their weights int8 or int4, and is refused where it is not. Raises `LoadError` with a
-    one-line cause.
+    is possible; `quantize` makes their weights int8 or int4, and is refused where it is not. `named_method` is what the
+    checkpoint is said to be quantised by, under TGI's names. Raises `LoadError` with a one-line cause.
     """
     raw = _read_json(directory / "config.json")
     config = _config(served_config(raw))
-    stored = open_checkpoint(directory)
+    quantized = quantization(raw, directory)
+    if named_method is not None:
+        check_named(named_method, quantized)
+    tensors = open_checkpoint(directory)
+    stored = decoded(tensors, quantized, dtype) if quantized else tensors
     causal = _empty_model(config, dtype)
     sharding = _sharding(config, group)
     loader = Loader(causal, stored, sharding, dtype, on_progress)

@@ -29,7 +29,7 @@ from torch import Tensor
 from proto import shard_pb2 as pb
 from shard.attention import AttentionBatch
 from shard.checkpoint import resolve
-from shard.config import ShardConfig
+from shard.config import METHODS, ShardConfig
 from shard.cores import num_allowed_cores
 from shard.distributed import RankGroup, connect
 from shard.errors import LoadError
@@ -65,6 +65,7 @@ def start(config: ShardConfig, on_progress: Callable[[int, int], None]) -> Worke
         on_progress=on_progress,
         use_native=config.native == "auto",
         quantize=_QUANTIZED.get(config.quantize),
+        named_method=config.quantize if config.quantize in METHODS else None,
     )
     grammars = None
     if group.rank == 0:
