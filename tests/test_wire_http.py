@@ -18,6 +18,7 @@ from __future__ import annotations
 import re
 import secrets
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +28,7 @@ import pytest
 from router.core.request import FinishReason
 from router.engine import Token
 from router.errors import GenerationFailed, NotReady, Overloaded
-from tests.http_app import PARIS, Client, FakeEngine, Script
+from tests.http_app import PARIS, Client, FakeEngine, Json, Script
 
 EXCHANGES = Path(__file__).parent / "data" / "http"
 TIMES = ("x-compute-time", "x-total-time", "x-validation-time", "x-queue-time", "x-inference-time", "x-time-per-token")
@@ -145,6 +146,40 @@ def test_every_route_has_an_exchange() -> None:
     placed = {re.sub(r"\{\w+\}", lambda found: names[found[0]], line) for line in wanted}
 
     assert placed - lines == {"GET /metrics"}
+
+
+def documented_answers(paths: Mapping[str, Json], method: str, path: str) -> Mapping[str, Json]:
+    """By status; none for a route that is not in the document."""
+    for template, methods in paths.items():
+        pattern = re.sub(r"\{model_id\}", ".+", re.sub(r"\{(?!model_id)\w+\}", "[^/]+", template))
+        if method.lower() in methods and re.fullmatch(pattern, path):
+            return methods[method.lower()]["responses"]
+    return {}
+
+
+def test_the_document_knows_what_is_answered() -> None:
+    paths = Client().app.openapi()["paths"]
+
+    unknown = [exchange.name for exchange in read_exchanges() if not is_documented(paths, exchange)]
+
+    assert unknown == []
+
+
+def is_documented(paths: Mapping[str, Json], exchange: Exchange) -> bool:
+    """Whether an answer's status and kind are, or nothing is said of the route."""
+    method, path = exchange.request.partition("\n")[0].split()
+    answers = documented_answers(paths, method, path)
+    status, _, rest = exchange.answer.partition("\n")
+    kind = re.search(r"^content-type: ([^;\n]+)", rest.partition("\n\n")[0], re.MULTILINE)
+    kinds = answers.get(status, {}).get("content", {None: {}})
+    return not answers or (status in answers and (kind[1] if kind else None) in kinds)
+
+
+def test_the_document_declares_what_stands_in_its_paths() -> None:
+    for path, methods in Client().app.openapi()["paths"].items():
+        for operation in methods.values():
+            declared = {part["name"] for part in operation.get("parameters", []) if part["in"] == "path"}
+            assert declared == set(re.findall(r"\{(\w+)\}", path)), path
 
 
 def test_scripts_are_of_exchanges() -> None:

@@ -69,6 +69,7 @@ def hosted_routes(services: Services, *routers: APIRouter) -> APIRouter:
                 _in_hosted_words(services, route.endpoint) if method == "POST" else route.endpoint,
                 methods=[method],
                 dependencies=named,
+                response_class=route.response_class,
                 responses=route.responses | failures(404),
                 openapi_extra=route.openapi_extra,
                 include_in_schema=prefix == PREFIXES[0],

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 
 from router.api import render
 from router.api.admission import Services, Wish
@@ -52,7 +52,7 @@ def kserve_probes(services: Services) -> APIRouter:
         return _json({"live": True})
 
     @router.get("/v2/health/ready", responses=failures(503))
-    @router.get(f"{MODEL}/ready", responses=failures(503))
+    @router.get(f"{MODEL}/ready", dependencies=[Depends(_model)], responses=failures(503))
     async def ready() -> Response:
         """Whether requests are served; `live` is the protocol's key as TGI writes it."""
         if not services.engine.ready:
@@ -73,6 +73,7 @@ def kserve_routes(services: Services) -> APIRouter:
 
     @router.post(
         f"{MODEL}/infer",
+        dependencies=[Depends(_model)],
         responses=answers(KserveResponse, ANSWER_EXAMPLE),
         openapi_extra=takes(KserveRequest, EXAMPLE),
     )
@@ -91,6 +92,10 @@ def kserve_routes(services: Services) -> APIRouter:
         return _json({"id": body.id, "outputs": outputs})
 
     return router
+
+
+def _model(model_name: str, model_version: str) -> None:
+    """That a path has them, for the document."""
 
 
 def _text(tensor: KserveInput) -> str:

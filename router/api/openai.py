@@ -27,7 +27,7 @@ from router.api.openai_bodies import (
 from router.api.openai_chat import chat, chat_tokens
 from router.api.openai_completions import completions
 from router.api.openai_responses import responses
-from router.api.openapi import failures, takes
+from router.api.openapi import GENERATION, READING, failures, own_events, takes
 from router.api.replay import Endpoint, shared
 from router.api.sse import EventStream, frame
 from router.errors import NotReady, UnknownModel
@@ -39,9 +39,7 @@ CHAT_EXAMPLE: Final = {"messages": list(MESSAGES), "max_tokens": 20, "stream": F
 COMPLETION_EXAMPLE: Final = {"prompt": "The capital of France is", "max_tokens": 5}
 RESPONSE_EXAMPLE: Final = {"input": "What is the capital of France?", "max_output_tokens": 20}
 LOAD_EXAMPLE: Final = {"model": "org/name"}
-GENERATES: Final[MappingProxyType[int | str, dict[str, Any]]] = MappingProxyType(
-    failures(401, 413, 415, 422, 424, 429, 500, 503)
-)
+GENERATES: Final[MappingProxyType[int | str, dict[str, Any]]] = MappingProxyType(own_events() | failures(*GENERATION))
 
 
 class V1(NamedTuple):
@@ -77,14 +75,17 @@ def openai_routes(services: Services) -> V1:
         """Answer a text."""
         return await responses(services, request, await read_json(request, limit_bytes=limit))
 
-    @router.post(
-        "/chat_tokenize", responses=failures(401, 413, 415, 422), openapi_extra=takes(ChatRequest, CHAT_EXAMPLE)
-    )
+    @router.post("/chat_tokenize", responses=failures(*READING), openapi_extra=takes(ChatRequest, CHAT_EXAMPLE))
     async def chat_tokenize(request: Request) -> Response:
         """Show the prompt that a conversation becomes, and its tokens."""
         return await chat_tokens(services, await read_body(request, ChatRequest, limit_bytes=limit))
 
-    @router.post("/load_model", responses=failures(401, 503), openapi_extra=takes(LoadRequest, LOAD_EXAMPLE))
+    @router.post(
+        "/load_model",
+        response_class=Response,
+        responses=own_events() | failures(*READING, 503),
+        openapi_extra=takes(LoadRequest, LOAD_EXAMPLE),
+    )
     async def load_model(request: Request) -> Response:
         """Say that the model is loaded, whichever is asked for."""
         body = await read_body(request, LoadRequest, limit_bytes=limit)

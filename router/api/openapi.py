@@ -61,14 +61,17 @@ def answers(model: Any, example: object, *, stream: bool = False) -> Responses:
     ok: Json = {"description": "The text.", "model": model, "content": {"application/json": {"example": example}}}
     if stream:
         ok["content"] |= _events()
-    return {200: ok} | failures(401, 413, 415, 422, 424, 429, 500, 503)
+    return {200: ok} | failures(*GENERATION)
 
 
 def streams() -> Responses:
-    """What a route answers that only knows events."""
-    return {200: {"description": "One event per token.", "content": _events()}} | failures(
-        401, 413, 415, 422, 424, 429, 500, 503
-    )
+    """What a route answers that only knows events. Its response class says that there is nothing else."""
+    return {200: {"description": "One event per token.", "content": _events()}} | failures(*GENERATION)
+
+
+def own_events() -> Responses:
+    """That a route may answer with events of a kind of its own."""
+    return {200: {"content": {"text/event-stream": {}}}}
 
 
 def failures(*statuses: int) -> Responses:
@@ -79,7 +82,11 @@ def _events() -> Json:
     return {"text/event-stream": {"schema": {"$ref": REF.format(model="StreamResponse")}}}
 
 
+READING: Final = (400, 401, 413, 415, 422)
+"""What a route that reads a body may fail with, behind the API key."""
+GENERATION: Final = (*READING, 424, 429, 500, 503)
 FAILURES: Final = {
+    400: "The body is not JSON.",
     401: "The API key is missing or wrong.",
     404: "No such model is served.",
     413: "The body is too large.",

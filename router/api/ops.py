@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Final
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse, RedirectResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, RedirectResponse
 
 from router.api import render
 from router.api.admission import Services
@@ -24,10 +24,10 @@ def health_routes(services: Services) -> APIRouter:
     """Never behind the API key."""
     router = APIRouter(tags=["Operations"])
 
-    @router.get("/", responses=failures(503))
-    @router.get("/health", responses=failures(503))
-    @router.get("/ping", responses=failures(503))
-    @router.get("/readyz", responses=failures(503))
+    @router.get("/", response_class=Response, responses=failures(503))
+    @router.get("/health", response_class=Response, responses=failures(503))
+    @router.get("/ping", response_class=Response, responses=failures(503))
+    @router.get("/readyz", response_class=Response, responses=failures(503))
     async def health() -> Response:
         """Whether requests are served: 200 with an empty body, or 503."""
         if not services.engine.ready:
@@ -37,7 +37,7 @@ def health_routes(services: Services) -> APIRouter:
     if services.config.aip_health_route is not None:
         router.add_api_route(services.config.aip_health_route, health, include_in_schema=False)
 
-    @router.get("/livez")
+    @router.get("/livez", response_class=Response)
     async def alive() -> Response:
         """Whether the process answers at all."""
         return Response()
@@ -54,7 +54,7 @@ def info_routes(services: Services) -> APIRouter:
         """What is served, within which limits."""
         return Response(render.to_bytes(_info(services)), media_type="application/json")
 
-    @router.get("/metrics")
+    @router.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Measurements for Prometheus."""
         text = services.metrics.render(services.engine.gauges)

@@ -97,7 +97,12 @@ def native_routes(services: Services, other_shapes: Mapping[str, Endpoint] = NO_
         body = await read_body(request, GenerateRequest, limit_bytes=config.payload_limit)
         return await unless_gone(request.receive, _answer(services, _understand(request, body), as_list=False))
 
-    @router.post("/generate_stream", responses=streams(), openapi_extra=takes(GenerateRequest, EXAMPLE))
+    @router.post(
+        "/generate_stream",
+        response_class=Response,
+        responses=streams(),
+        openapi_extra=takes(GenerateRequest, EXAMPLE),
+    )
     @shared(services.answers, "/generate_stream", _is_repeatable)
     async def generate_stream(request: Request) -> Response:
         """Generate text, token by token."""
