@@ -81,6 +81,7 @@ DRIVEN: Mapping[str, Driver] = {
     "transformers-chat": Driver("transformers_chat_rows.py", None),
     "lorax": Driver("lorax_rows.py", "lorax"),
     "axflow": Driver("axflow_rows.mjs", "node"),
+    "ai-sdk": Driver("ai_sdk_rows.mjs", "node"),
     "openai-js": Driver("openai_rows.mjs", "node"),
     "hf-inference-js-2.8.1": Driver("hf_inference_v2_rows.mjs", "node"),
     "hf-inference-js-4.13.16": Driver("hf_inference_rows.mjs", "node"),
