@@ -3,8 +3,8 @@
 Where a shard keeps keys and values, the ghost keeps which token was written at which position; where a shard runs a
 model, the ghost hashes the whole history that the row's block table really shows, together with the sampling it was
 given. So a wrong block, position, literal, order of steps or lost sampling state changes the tokens, in microseconds
-and without torch. `oracle` says what they must be. A slot that was never written, or holds another position, gives
-`BAD_TOKEN`. Whatever a real shard relies on without checking is checked here: `BrokenPlan`.
+and without torch. `oracle` says what they must be. A slot that was never written, or holds another position or what
+another adapter made, gives `BAD_TOKEN`. Whatever a real shard relies on without checking is checked here: `BrokenPlan`.
 
 `GhostState` is one rank's memory and can be driven directly; `ghost_group` serves whole groups over gRPC, in this
 process, with scripted faults; `python -m tests.ghost --uds PATH --rank R --world-size W` is one rank as a process.
@@ -89,9 +89,9 @@ def likeliest(history: Sequence[int], num_tokens: int, vocab_size: int) -> list[
     return sorted(((token, score(history, token)) for token in tokens), key=lambda pair: -pair[1])
 
 
-def make_rules(sampling: pb.Sampling, num_prompt_tokens: int, grammar: str) -> bytes:
+def make_rules(sampling: pb.Sampling, num_prompt_tokens: int, grammar: str, adapter: int = 0) -> bytes:
     """All that choosing depends on besides the history; whatever is lost of it changes every token."""
-    rules = sampling.SerializeToString(deterministic=True) + _pack([num_prompt_tokens]) + grammar.encode()
+    rules = sampling.SerializeToString(deterministic=True) + _pack([num_prompt_tokens, adapter]) + grammar.encode()
     return COPYING + rules if sampling.seed >= COPYING_SEED else rules
 
 
@@ -137,10 +137,11 @@ def oracle(
     eos_token_ids: Sequence[int] = (),
     sampling: Sampling | None = None,
     grammar: str = "",
+    adapter: int = 0,
     vocab_size: int = DEFAULT_VOCAB_SIZE,
 ) -> list[int]:
     """The tokens a ghost group must generate, one after the other and alone."""
-    rules = make_rules(sampling_message(sampling or Sampling()), len(prompt), grammar)
+    rules = make_rules(sampling_message(sampling or Sampling()), len(prompt), grammar, adapter)
     tokens = list(prompt)
     while len(tokens) < len(prompt) + max_new_tokens:
         tokens.append(choose(tokens, rules, vocab_size))
@@ -176,6 +177,7 @@ class _Seat:
     rules: bytes
     history: list[int]
     num_hit_tokens: int
+    adapter: int
     last: int | None = None
     forced: list[int] = field(default_factory=list)
     """Tokens it promised to emit next, or to be fed with."""
@@ -204,6 +206,7 @@ class GhostState:
         max_seats: int,
         max_step_tokens: int,
         vocab_size: int = DEFAULT_VOCAB_SIZE,
+        num_adapters: int = 0,
     ) -> None:
         self.num_steps = 0
         self.seats: dict[int, _Seat] = {}
@@ -212,7 +215,8 @@ class GhostState:
         self._max_seats = max_seats
         self._max_step_tokens = max_step_tokens
         self._vocab_size = vocab_size
-        self._slots: list[tuple[int, int] | None] = [None] * (num_blocks * block_size)
+        self._num_adapters = num_adapters
+        self._slots: list[tuple[int, int, int] | None] = [None] * (num_blocks * block_size)
         self._num_tables: Counter[int] = Counter()  # how many open seats have a block in their table
 
     def run_steps(self, plan: pb.StepPlan) -> list[pb.StepOutput]:
@@ -254,7 +258,8 @@ class GhostState:
         _require(len(open_.history) == num_history, f"{len(open_.history)} tokens of history, expected {num_history}")
         self._check_blocks(blocks)
         self._num_tables.update(blocks)
-        rules = make_rules(open_.sampling, open_.num_prompt_tokens, open_.grammar)
+        _require(open_.adapter <= self._num_adapters, f"adapter {open_.adapter} of {self._num_adapters}")
+        rules = make_rules(open_.sampling, open_.num_prompt_tokens, open_.grammar, open_.adapter)
         self.seats[open_.seat] = _Seat(
             blocks,
             num_cached,
@@ -264,6 +269,7 @@ class GhostState:
             rules,
             list(open_.history),
             num_cached,
+            open_.adapter,
         )
 
     def _check_new_blocks(self, blocks: list[int]) -> None:
@@ -327,7 +333,7 @@ class GhostState:
         _require(len(literals) in (0, num_tokens), f"{len(literals)} literals for {num_tokens} tokens")
         for position, token in enumerate(literals or self._last_token(seat, num_tokens), start=first):
             _require(token < self._vocab_size, f"token {token} in a vocabulary of {self._vocab_size}")
-            self._slots[self._slot(seat, position)] = (token, position)
+            self._slots[self._slot(seat, position)] = (token, position, seat.adapter)
         known, drafts = literals[: len(literals) - num_drafts], literals[len(literals) - num_drafts :]
         if drafts:
             _check_drafts(seat, known, emit)
@@ -387,7 +393,9 @@ class GhostState:
         """The tokens that the table shows from the start to here; None if any slot is not what it should be."""
         size = self._block_size
         shown = [slot for block in seat.table for slot in self._slots[block * size : (block + 1) * size]][:num_tokens]
-        history = [slot[0] for position, slot in enumerate(shown) if slot is not None and slot[1] == position]
+        history = [
+            slot[0] for position, slot in enumerate(shown) if slot is not None and slot[1:] == (position, seat.adapter)
+        ]
         return history if len(history) == num_tokens else None
 
     def _emit(self, output: pb.StepOutput, seat: _Seat, history: list[int] | None) -> list[int]:
@@ -503,6 +511,7 @@ class GhostSettings:
     vocab_size: int = DEFAULT_VOCAB_SIZE
     eos_token_ids: tuple[int, ...] = ()
     max_positions: int = 0
+    adapters: tuple[str, ...] = ()
     model_id: str = "ghost"
     step_delay_s: float = 0.0
     poison_token: int | None = None
@@ -546,6 +555,7 @@ class GhostShard(shard_pb2_grpc.ShardServicer):  # type: ignore[misc]
             bytes_per_block=BYTES_PER_BLOCK,
             kv_budget_bytes=settings.num_blocks * BYTES_PER_BLOCK,
             last_epoch=self._epoch,
+            adapters=settings.adapters,
         )
 
     async def Configure(self, request: pb.ConfigureRequest, context: grpc.aio.ServicerContext) -> pb.ConfigureReply:
@@ -560,6 +570,7 @@ class GhostShard(shard_pb2_grpc.ShardServicer):  # type: ignore[misc]
             request.max_seats,
             request.max_step_tokens,
             self._settings.vocab_size,
+            len(self._settings.adapters),
         )
         return pb.ConfigureReply(epoch=self._epoch, kv_bytes=request.num_blocks * BYTES_PER_BLOCK)
 

@@ -18,6 +18,7 @@ from router.group.codec import decode_output, encode_plan
 from tests.ghost import GhostState, likeliest, oracle, oracle_prompt_logprobs, score
 
 VOCAB_SIZE = 97
+NUM_ADAPTERS = 2
 ROOMY = Limits(num_blocks=65, block_size=4, max_seats=8, max_step_tokens=64)
 
 
@@ -59,7 +60,8 @@ class House:
     def _start_ghost(self) -> None:
         limits = self.scheduler.limits
         self.ghost = GhostState(
-            limits.num_blocks, limits.block_size, limits.max_seats, limits.max_step_tokens, VOCAB_SIZE
+            *(limits.num_blocks, limits.block_size, limits.max_seats, limits.max_step_tokens, VOCAB_SIZE),
+            num_adapters=NUM_ADAPTERS,
         )
 
     def add(self, request: Request) -> Sequence:
@@ -70,6 +72,7 @@ class House:
             eos_token_ids=request.eos_token_ids,
             sampling=request.sampling,
             grammar=request.grammar,
+            adapter=request.adapter,
             vocab_size=VOCAB_SIZE,
         )
         is_full = len(tokens) == request.max_new_tokens

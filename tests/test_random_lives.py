@@ -10,7 +10,7 @@ import pytest
 from router.core.request import FinishReason, Request, Sampling
 from router.core.scheduler import POISON_FAULT, Limits
 from tests.ghost import COPYING_SEED
-from tests.house import VOCAB_SIZE, House, make_request
+from tests.house import NUM_ADAPTERS, VOCAB_SIZE, House, make_request
 
 
 class RandomLife:
@@ -87,6 +87,7 @@ class RandomLife:
             grammar=self.random.choice(("force:1/1", "force:1/3", "force:1/9")) if chance() < 0.4 else "",
             priority=draw(-1, 1) if chance() < 0.3 else 0,
             cache_salt=b"tenant" if chance() < 0.1 else b"",
+            adapter=draw(1, NUM_ADAPTERS) if chance() < 0.3 else 0,
         )
 
     def _draw_sampling(self) -> Sampling:

@@ -132,6 +132,16 @@ def test_prompts_of_different_salt_share_nothing() -> None:
     assert salted.num_hit_tokens == 0
 
 
+def test_only_sequences_of_one_adapter_share_blocks() -> None:
+    house = House()
+    requests = [Request("r", tuple(range(1, 11)), 4, adapter=adapter) for adapter in (0, 1, 2, 1)]
+    sequences = [house.add(request) for request in requests]
+
+    house.run()
+
+    assert [sequence.num_hit_tokens for sequence in sequences] == [0, 0, 0, 8]
+
+
 def test_without_prefix_caching_nothing_is_hit() -> None:
     house = House(prefix_caching=False)
     for _ in range(2):

@@ -24,6 +24,7 @@ class Open:
     grammar: str = ""
     request_id: str = ""
     trace_id: str = ""
+    adapter: int = 0
 
 
 class Row(NamedTuple):

@@ -93,6 +93,13 @@ class Request:
     """What the generated tokens must conform to, in the shards' own notation; empty: no restriction."""
     beams: BeamSettings | None = None
     """Search for the likeliest sequence; None: take its tokens one by one."""
+    adapter: int = 0
+    """Which of the group's adapters changes the model for it, counted from 1; 0: none."""
+
+    @property
+    def prefix_salt(self) -> bytes:
+        """What requests must have in common to share blocks: the adapter too, which made what is in them."""
+        return self.adapter.to_bytes(4, "little") + self.cache_salt
 
 
 class SequenceState(Enum):

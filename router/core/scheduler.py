@@ -203,6 +203,11 @@ class Scheduler:
         return self._running
 
     @property
+    def waiting(self) -> Iterable[Sequence]:
+        """In the order of service."""
+        return self._waiting
+
+    @property
     def last_opened(self) -> Iterable[Sequence]:
         """Sequences that the last plan admitted, in the order of its opens."""
         return self._last_opened
@@ -500,7 +505,7 @@ class Scheduler:
         draft.opens.append(
             Open(
                 *(sequence.seat, hits, num_cached, num_prompt_tokens, request.sampling, history, request.grammar),
-                *(request.request_id, request.trace_id),
+                *(request.request_id, request.trace_id, request.adapter),
             )
         )
 
@@ -594,7 +599,7 @@ class Scheduler:
 
     def _block_key(self, sequence: Sequence, index: int, hasher: PrefixHasher) -> bytes:
         if index == len(sequence.block_keys):
-            hasher.extend(sequence.block_keys, sequence.tokens, sequence.request.cache_salt)
+            hasher.extend(sequence.block_keys, sequence.tokens, sequence.request.prefix_salt)
         return sequence.block_keys[index]
 
     # Answers

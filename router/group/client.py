@@ -72,6 +72,7 @@ class GroupInfo:
     block_size: int
     max_seats: int
     max_step_tokens: int
+    adapters: tuple[str, ...] = ()
 
     @property
     def capacity_tokens(self) -> int:
@@ -174,9 +175,9 @@ class GroupClient:
             raise StartupError(f"the group has {size} ranks but {len(infos)} shard addresses are given")
         if found != list(range(size)):
             raise StartupError(f"the shard addresses lead to ranks {found}, not {list(range(size))}")
-        for name in ("world_size", "model_type", "dtype", "vocab_size", "block_size", "revision"):
+        for name in ("world_size", "model_type", "dtype", "vocab_size", "block_size", "revision", "adapters"):
             values = [getattr(info, name) for info in infos]
-            if len(dict.fromkeys(values)) > 1:
+            if any(value != values[0] for value in values):
                 raise StartupError(f"the ranks disagree on {name}: {values}")
 
     def _check_same_model(self, info: pb.ShardInfo) -> None:
@@ -185,8 +186,10 @@ class GroupClient:
             return
         names = ("model_id", "revision", "model_type", "dtype", "vocab_size", "max_positions", "block_size")
         changed = [name for name in names if getattr(info, name) != getattr(self._info, name)]
-        if changed or tuple(info.eos_token_ids) != self._info.eos_token_ids:
-            raise StartupError(f"the shards came back with another model: {', '.join(changed or ['eos_token_ids'])}")
+        lists = ("eos_token_ids", "adapters")
+        changed += [name for name in lists if tuple(getattr(info, name)) != getattr(self._info, name)]
+        if changed:
+            raise StartupError(f"the shards came back with another model: {', '.join(changed)}")
 
     def _agree(self, infos: list[pb.ShardInfo]) -> pb.ConfigureRequest:
         """The smallest rank's capacity, by measured bytes. Later epochs keep the first one's, so nothing admitted
@@ -358,4 +361,5 @@ def _group_info(info: pb.ShardInfo, configure: pb.ConfigureRequest) -> GroupInfo
         block_size=configure.block_size,
         max_seats=configure.max_seats,
         max_step_tokens=configure.max_step_tokens,
+        adapters=tuple(info.adapters),
     )

@@ -42,6 +42,7 @@ def _encode_open(open_: Open) -> pb.Open:
         grammar=open_.grammar,
         request_id=open_.request_id,
         trace_id=open_.trace_id,
+        adapter=open_.adapter,
     )
 
 
