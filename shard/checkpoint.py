@@ -35,6 +35,10 @@ from shard.parent import end_with
 _HUB_TIMEOUT_S: Final = 5.0
 
 _HUB_ID: Final = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+
+ADAPTER_CONFIG: Final = "adapter_config.json"
+ADAPTER_WEIGHTS: Final = "adapter_model.safetensors"
+
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 
 _WANTED_FILES: Final = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
@@ -64,6 +68,19 @@ def resolve(model_id: str, *, revision: str | None = None, cache: Path | None = 
     if path.exists() or not _HUB_ID.fullmatch(model_id):
         raise LoadError(f"model {model_id!r}: no such directory")
     return _checked(_downloaded(model_id, revision))
+
+
+def resolve_adapter(adapter_id: str, *, revision: str | None = None) -> Path:
+    """The folder of a LoRA adapter, found as a model is. Raises `LoadError`."""
+    path = Path(adapter_id).expanduser()
+    if not path.is_dir():
+        if path.exists() or not _HUB_ID.fullmatch(adapter_id):
+            raise LoadError(f"adapter {adapter_id!r}: no such directory")
+        path = _downloaded(adapter_id, revision)
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if not (path / name).is_file():
+            raise LoadError(f"{path} is not a LoRA adapter with safetensors weights: it has no {name}")
+    return path.resolve()
 
 
 def _checked(directory: Path) -> Checkpoint:
@@ -168,6 +185,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m shard.checkpoint", description="Prints a model's directory.")
     parser.add_argument("model_id")
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
+    parser.add_argument("--adapter", action="store_true", help="it is a LoRA adapter")
     parser.add_argument("--parent-pid", type=int, default=0, help="end when this process is gone")
     parser.add_argument("--report", action="store_true", help="say how it went in one JSON line on stdout")
     return parser.parse_args()
@@ -177,7 +195,10 @@ def main() -> None:
     arguments = _parse_arguments()
     end_with(arguments.parent_pid)
     try:
-        directory = str(resolve(arguments.model_id, revision=arguments.revision).directory)
+        if arguments.adapter:
+            directory = str(resolve_adapter(arguments.model_id, revision=arguments.revision))
+        else:
+            directory = str(resolve(arguments.model_id, revision=arguments.revision).directory)
     except LoadError as error:
         if arguments.report:
             print(json.dumps({"failed": str(error)}))

@@ -40,7 +40,12 @@ class ShardConfig:
     join_timeout_s: float = _option(60.0, "how long to wait for the other ranks at start")
     step_timeout_s: float = _option(300.0, "a step that takes longer ends the process")
     dtype: str = _option("auto", "of weights and activations; auto: bfloat16 where the device computes in it", DTYPES)
-    quantize: str = _option("none", "weights in fewer bits; int8 and int4: with the native operations", QUANTIZE)
+    quantize: str = _option(
+        "none",
+        "weights in fewer bits; int8 and int4: with the native operations; others: how the checkpoint is quantised",
+        QUANTIZE,
+    )
+    lora_adapters: str = _option("", "LoRA adapters as name=folder, with commas")
     native: str = _option("auto", "native operations for the CPU where they are built; off: torch alone", NATIVE)
     device: str = _option("auto", "where the model runs; auto: cuda if there is one", DEVICES)
     kv_cache_bytes: int = _option(0, "KV memory of this rank; 0: a share of what is free")

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from proto import shard_pb2 as pb
+from shard.adapters import TokensOf
 from shard.attention import AttentionBatch
 from shard.sampler import SamplingParams
-from shard.transfer import Int64Array, all_to_device, works_by_itself
+from shard.transfer import Int64Array, all_to_device, to_device, works_by_itself
 
 Int32Array = npt.NDArray[np.int32]
 
@@ -59,6 +60,7 @@ class ModelInputs:
     targets: Tensor  # [S] int64
     target_seats: list[int]  # [S]
     target_positions: list[int]  # [S] index in its sequence of the target
+    adapters: TokensOf
 
 
 @dataclass(slots=True)
@@ -102,7 +104,16 @@ class _Decoding:
 class Seats:
     """Block tables, lengths and last sampled tokens of the sequences of one epoch."""
 
-    def __init__(self, *, num_blocks: int, block_size: int, max_seats: int, max_positions: int, device: torch.device):
+    def __init__(
+        self,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_seats: int,
+        max_positions: int,
+        device: torch.device,
+        num_adapters: int = 0,
+    ) -> None:
         max_blocks = num_blocks
         if max_positions:
             max_blocks = min(num_blocks, -(-max_positions // block_size) + 1)
@@ -113,6 +124,8 @@ class Seats:
         self._num_blocks: Int64Array = np.zeros(max_seats, dtype=np.int64)
         self._num_tokens: Int64Array = np.zeros(max_seats, dtype=np.int64)
         self._is_open = np.zeros(max_seats, dtype=np.bool_)
+        self._num_adapters = num_adapters
+        self._adapters: Int64Array = np.zeros(max_seats, dtype=np.int64)
         self.last_token = torch.zeros(max_seats, dtype=torch.int64, device=device)
         """[max_seats] each seat's last sampled token; never leaves the device before it is fed."""
         self._decoding: _Decoding | None = None
@@ -124,12 +137,15 @@ class Seats:
         self._is_open[seat] = False
         self._decoding = None
 
-    def open(self, seat: int, blocks: Sequence[int], num_cached_tokens: int) -> None:
+    def open(self, seat: int, blocks: Sequence[int], num_cached_tokens: int, adapter: int = 0) -> None:
         if self._is_open[seat]:
             raise PlanError(f"seat {seat} is opened twice")
         if num_cached_tokens > len(blocks) * self.block_size:
             raise PlanError(f"seat {seat} starts at {num_cached_tokens} tokens with {len(blocks)} blocks")
+        if adapter > self._num_adapters:
+            raise PlanError(f"seat {seat} wants adapter {adapter} of {self._num_adapters}")
         self._is_open[seat] = True
+        self._adapters[seat] = adapter
         self._num_blocks[seat] = 0
         self._num_tokens[seat] = num_cached_tokens
         self._append_blocks(seat, blocks)
@@ -204,6 +220,7 @@ class Seats:
             targets=d_targets,
             target_seats=seats[target_rows].tolist(),
             target_positions=(positions[target_index] + 1).tolist(),
+            adapters=self._tokens_of_adapters(token_seats),
         )
         self._decoding = None
         if one_each and len(emit_rows) == len(seats) and not plan.targets and not works_by_itself(self.device):
@@ -234,6 +251,15 @@ class Seats:
         inputs.batch.move_on(step.contexts.tolist())
         inputs.emit_positions[:] = inputs.batch.context_lens
         return inputs
+
+    def _tokens_of_adapters(self, token_seats: Int64Array) -> TokensOf:
+        if not self._num_adapters:
+            return {}
+        adapters = self._adapters[token_seats]  # [T]
+        numbers = np.unique(adapters[adapters > 0]).tolist()
+        return {
+            number: to_device(torch.from_numpy((adapters == number).nonzero()[0]), self.device) for number in numbers
+        }
 
     def rewind(self, seat: int, num_tokens: int) -> None:
         """Counts a seat's last tokens as never fed; the next ones take their places."""

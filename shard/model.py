@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from shard.adapters import NOBODYS, AdapterFolder, Adapters, TokensOf, load_adapters
 from shard.attention import (
     NAME,
     Attend,
@@ -143,6 +144,7 @@ class Model:
         self.attend_by(PagedAttention, block_size)
         self._cache: KVCache | None = None
         self._backbone = causal.base_model
+        self.adapters = Adapters()
         self._fused: FusedDecoder | None = None
         self._packed_head: PackedHead | None = None
         """All that is between hidden states and logits, if it is no more than that."""
@@ -169,12 +171,15 @@ class Model:
             self._fused.forget()
 
     @torch.inference_mode()
-    def hidden(self, input_ids: Tensor, positions: Tensor, batch: AttentionBatch) -> Tensor:
+    def hidden(
+        self, input_ids: Tensor, positions: Tensor, batch: AttentionBatch, adapters: TokensOf = NOBODYS
+    ) -> Tensor:
         """Runs one step: `input_ids` and `positions` [T] int64 → last hidden states [T, width]."""
         assert self._cache is not None, "a step before KV memory was allocated"
         if self._fused is not None:
             return self._fused.hidden(input_ids, positions, batch, self._cache)
-        return _run(self._backbone, input_ids, positions, self.attention(batch, self._cache))
+        with self.adapters.heard(adapters):
+            return _run(self._backbone, input_ids, positions, self.attention(batch, self._cache))
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -218,6 +223,7 @@ def load_model(
     use_native: bool = True,
     quantize: Kind | None = None,
     named_method: str | None = None,
+    adapters: Sequence[AdapterFolder] = (),
 ) -> Model:
     """Loads this rank's part and proves on it that paged attention equals dense.
 
@@ -241,11 +247,17 @@ def load_model(
     probe = _probe(causal, config, sharding, device)
     layers = [probe.layers[layer] for layer in range(config.num_hidden_layers)]
     facts = _facts(config, directory)
+    _agree_on_adapters(len(adapters), group, device)
+    joined = load_adapters(adapters, causal, sharding)
     model = Model(causal, facts, layers=layers, dtype=dtype, device=device, block_size=block_size)
+    model.adapters = joined
     expected = _self_test(model)
+    joined.check(lambda: model.dense_hidden(expected.input_ids, expected.positions), len(expected.input_ids))
     try:
         if not use_native:
             raise NotFusable("native operations are switched off")
+        if adapters:
+            raise NotFusable("adapters change what single matrices do")
         _fuse(model, probe, expected, quantize or _KINDS.get(dtype), group)
     except NotFusable as reason:
         if quantize is not None:
@@ -255,6 +267,12 @@ def load_model(
             _attend_natively(model, probe, expected)
         _attend_by_flash(model, probe, group)
     return model
+
+
+def _agree_on_adapters(number: int, group: RankGroup, device: torch.device) -> None:
+    """Ranks with and without would from here on run collectives that do not belong together. Raises `LoadError`."""
+    if int(group.all_reduce(torch.tensor([number], device=device))) != number * group.world_size:
+        raise LoadError(f"the ranks are given different numbers of LoRA adapters, this one {number}")
 
 
 def _read_json(path: Path) -> JsonObject:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from proto import shard_pb2 as pb
+from shard.adapters import find_adapters
 from shard.attention import AttentionBatch
 from shard.checkpoint import resolve
 from shard.config import METHODS, ShardConfig
@@ -66,6 +67,7 @@ def start(config: ShardConfig, on_progress: Callable[[int, int], None]) -> Worke
         use_native=config.native == "auto",
         quantize=_QUANTIZED.get(config.quantize),
         named_method=config.quantize if config.quantize in METHODS else None,
+        adapters=find_adapters(config.lora_adapters),
     )
     grammars = None
     if group.rank == 0:
@@ -183,6 +185,7 @@ class Worker:
             bytes_per_block=model.bytes_per_block,
             kv_budget_bytes=self._kv_budget_bytes,
             last_epoch=self._epoch,
+            adapters=model.adapters.names,
         )
 
     def configure(self, request: pb.ConfigureRequest) -> pb.ConfigureReply:
@@ -200,6 +203,7 @@ class Worker:
             max_seats=request.max_seats,
             max_positions=self._model.max_positions,
             device=self._model.device,
+            num_adapters=len(self._model.adapters.names),
         )
         if self._grammars is not None:
             self._sampler = Sampler(
@@ -257,7 +261,7 @@ class Worker:
         if inputs is None:
             started = StartedStep(step, begun, begun)
         else:
-            hidden = self._model.hidden(inputs.input_ids, inputs.positions, inputs.batch)
+            hidden = self._model.hidden(inputs.input_ids, inputs.positions, inputs.batch, inputs.adapters)
             scores = list(self._score_targets(hidden, inputs)) if inputs.target_seats else ()
             logits = self._model.logits(_emitting(hidden, inputs)) if inputs.emit_rows else None
             started = StartedStep(step, begun, Mark(self._marked), scores)
@@ -321,7 +325,7 @@ class Worker:
             if sampler is not None:
                 sampler.close(seat)
         for open_ in plan.opens:
-            seats.open(open_.seat, open_.blocks, open_.num_cached_tokens)
+            seats.open(open_.seat, open_.blocks, open_.num_cached_tokens, open_.adapter)
             logger.debug("step %d: seat %d begins for %s", plan.step, open_.seat, self._owners[open_.seat])
             if sampler is not None:
                 params = sampling_params(open_.sampling)

@@ -15,11 +15,17 @@ CHUNKS = (1, 1, 1, 2, 5, 9, 13)
 
 
 class PagedRun:
-    """Sequences of one epoch, fed step by step. Block tables are dealt out in random order; block 0 is nobody's."""
+    """Sequences of one epoch, fed step by step. Block tables are dealt out in random order; block 0 is nobody's.
 
-    def __init__(self, model: Model, sequences: Sequence[Tensor], seed: int = 0) -> None:
+    `adapters` has the number of each sequence's adapter; without it they are the model's alone.
+    """
+
+    def __init__(
+        self, model: Model, sequences: Sequence[Tensor], seed: int = 0, adapters: Sequence[int] | None = None
+    ) -> None:
         self.model = model
         self.sequences = sequences
+        self.adapters = adapters or [0] * len(sequences)
         self.fed = [0] * len(sequences)
         self.hidden: list[list[Tensor]] = [[] for _ in sequences]
         self.random = random.Random(seed)
@@ -62,7 +68,9 @@ class PagedRun:
             device=self.model.device,
         )
         ids = torch.cat([self.sequences[i][span] for (i, _), span in zip(rows, spans, strict=True)])
-        hidden = self.model.hidden(ids, torch.cat(spans), batch)
+        adapters = torch.cat([torch.full((n,), self.adapters[i]) for i, n in rows])
+        tokens_of = {number: (adapters == number).nonzero()[:, 0] for number in set(adapters.tolist()) - {0}}
+        hidden = self.model.hidden(ids, torch.cat(spans), batch, tokens_of)
         for (i, n), part in zip(rows, hidden.split([n for _, n in rows]), strict=True):
             self.hidden[i].append(part)
             self.fed[i] += n

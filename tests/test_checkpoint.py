@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 
 import shard.checkpoint
 import shard.smollm2
-from shard.checkpoint import Checkpoint, resolve
+from shard.checkpoint import Checkpoint, resolve, resolve_adapter
 from shard.config import DEFAULT_MODEL_ID
 from shard.errors import LoadError
 from tests.fake_hub import COMMIT, MODEL_ID, FakeHub, serve
@@ -132,6 +132,32 @@ resolve({str(make_model(tmp_path / "model"))!r})
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
+def test_a_folder_without_an_adapters_files_is_no_adapter(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+
+    for name, cause in (
+        (
+            str(tmp_path),
+            f"{tmp_path} is not a LoRA adapter with safetensors weights: it has no adapter_model.safetensors",
+        ),
+        ("/no/adapter", "adapter '/no/adapter': no such directory"),
+    ):
+        with pytest.raises(LoadError) as caught:
+            resolve_adapter(name)
+        assert str(caught.value) == cause
+
+
+def test_the_command_finds_adapters_too(tmp_path: Path) -> None:
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).write_bytes(b"")
+
+    done = subprocess.run(
+        [sys.executable, "-m", "shard.checkpoint", tmp_path, "--adapter"], capture_output=True, text=True
+    )
+
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{tmp_path}\n", "")
+
+
 # The hub
 
 
@@ -192,6 +218,18 @@ def test_a_model_without_safetensors_is_refused_before_any_download(cached_hub: 
 
     assert failure(MODEL_ID) == f"model '{MODEL_ID}': the hub has no safetensors weights for it"
     assert cached_hub.downloads == []
+
+
+def test_an_adapter_of_the_hub_is_downloaded_and_found_offline(
+    cached_hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached_hub.files = dict.fromkeys(("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"), b"{}")
+
+    folder = resolve_adapter(MODEL_ID, revision="v1")
+    go_offline(monkeypatch)
+
+    assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert resolve_adapter(MODEL_ID, revision="v1") == folder
 
 
 def test_offline_takes_a_model_from_the_cache(cached_hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
