@@ -41,7 +41,7 @@ from shard.kernels.native import (
 )
 from shard.kernels.packing import LANES, Arena, Kind, PackedMatrix, pack, pack_gated, take_turns
 from shard.kv_cache import KVCache, LayerShape
-from shard.tensor_parallel import WideNorm
+from shard.tensor_parallel import WideNorm, deal, is_shared_at_most
 
 FAMILIES: Final = frozenset(
     (
@@ -88,9 +88,8 @@ class Source:
 class FusedDecoder:
     """Stands for a backbone: embeddings by its module, everything after in one native call."""
 
-    def __init__(self, source: Source, decoder: Decoder) -> None:
-        self._embed = _embedding(source.backbone)
-        self._table = _table_of(self._embed)
+    def __init__(self, source: Source, decoder: Decoder, peers: Peers | None) -> None:
+        self._embedded = _lookup(_embedding(source.backbone), peers)
         self._decoder = decoder
         self._cache: KVCache | None = None
         self._memory = torch.empty(0)
@@ -100,13 +99,6 @@ class FusedDecoder:
         hidden = self._embedded(input_ids)
         self._decoder.run(hidden, positions.contiguous(), batch.step_rows(), self._memory_of(cache))
         return hidden
-
-    def _embedded(self, input_ids: Tensor) -> Tensor:
-        """[T] -> [T, width], in memory of its own."""
-        if self._table is not None:  # saves 30 µs of Python, whose code a step's weights push out of the caches
-            return self._table.index_select(0, input_ids)
-        embedded: Tensor = self._embed(input_ids[None])[0].contiguous()
-        return embedded
 
     def forget(self) -> None:
         """Lets go of the memory of an epoch that has ended."""
@@ -127,6 +119,11 @@ class PackedHead(nn.Module):
         self._threads = threads
         self._forward_hooks.update(head._forward_hooks)  # ranks joining their columns
 
+    @property
+    def num_outputs(self) -> int:
+        """Of this rank alone."""
+        return self._matrix.num_outputs
+
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., width] -> [..., outputs] float32"""
         return linear(hidden.flatten(0, -2), self._matrix, self._threads).view(*hidden.shape[:-1], -1)
@@ -136,7 +133,7 @@ def fuse(source: Source, kind: Kind, threads: Threads, peers: Peers | None) -> F
     """Packs the layers' weights as `kind`. Raises `NotFusable`."""
     if source.model_type not in FAMILIES:
         raise NotFusable(f"the layers of {source.model_type} have another shape")
-    return FusedDecoder(source, Decoder(_decoder_model(source, _Packer(kind)), threads, peers))
+    return FusedDecoder(source, Decoder(_decoder_model(source, _Packer(kind)), threads, peers), peers)
 
 
 def pack_head(head: nn.Module | None, kind: Kind, threads: Threads) -> PackedHead:
@@ -473,12 +470,16 @@ def _embedding(backbone: nn.Module) -> nn.Module:
     return _child(backbone, "embed_tokens")
 
 
-def _table_of(embedding: nn.Module) -> Tensor | None:
-    """Its weight, if all it does is to give rows of that."""
-    is_hooked = bool(embedding._forward_pre_hooks or embedding._forward_hooks)  # by ranks that share the vocabulary
-    if type(embedding) is not nn.Embedding or embedding.max_norm is not None or is_hooked:
-        return None
-    return embedding.weight
+def _lookup(embedding: nn.Module, peers: Peers | None) -> Callable[[Tensor], Tensor]:
+    """From tokens [T] to their embeddings [T, width], in memory of their own."""
+    if type(embedding) is not nn.Embedding or embedding.max_norm is not None or not is_shared_at_most(embedding):
+        return lambda ids: embedding(ids[None])[0].contiguous()
+    # Saves 30 µs of Python, whose code a step's weights push out of the caches; with hooks 200.
+    table = embedding.weight
+    if peers is None:
+        return lambda ids: table.index_select(0, ids)
+    starts = [deal(embedding.num_embeddings, rank, peers.count).start for rank in range(peers.count)]
+    return lambda ids: peers.look_up(table, [*starts, embedding.num_embeddings], ids)
 
 
 def _child(parent: nn.Module, *names: str) -> nn.Module:

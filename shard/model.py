@@ -148,6 +148,8 @@ class Model:
         self._fused: FusedDecoder | None = None
         self._packed_head: PackedHead | None = None
         """All that is between hidden states and logits, if it is no more than that."""
+        self.own_columns: range | None = None
+        """Of the logits, on each of several ranks that have `own_logits`."""
         self._head = causal
         setattr(causal, causal.base_model_prefix, _HandBack())
 
@@ -189,6 +191,12 @@ class Model:
             return logits
         whole: Tensor = self._head(inputs_embeds=hidden[None], use_cache=False).logits
         return whole[0].float()
+
+    @torch.inference_mode()
+    def own_logits(self, hidden: Tensor) -> Tensor:
+        """`hidden` [E, width] → [E, own columns] float32."""
+        assert self._packed_head is not None, "own columns of logits where there is more to them"
+        return self._packed_head.forward(hidden)
 
     @torch.inference_mode()
     def dense_hidden(self, input_ids: Tensor, positions: Tensor) -> Tensor:
@@ -502,8 +510,19 @@ def _fuse(model: Model, probe: ShapeProbe, expected: _Expected, kind: Kind | Non
     hidden = expected.hidden[-1:]
     # The way through transformers' causal model takes 0.2 ms of Python, a tenth of a small model's step.
     model._packed_head = head if torch.equal(head(hidden), model.logits(hidden)) else None
+    model.own_columns = _own_columns(model, head, group)
     release_layers(model._backbone)
     log.info("layers are fused (%s): they differ from the modules by %.1e", kind.name.lower(), distance)
+
+
+def _own_columns(model: Model, head: PackedHead, group: RankGroup) -> range | None:
+    """This rank's of the logits, if the packed head is all there is to them on every rank."""
+    if group.world_size == 1:
+        return None
+    columns = deal(model.vocab_size, group.rank, group.world_size)
+    is_all = model._packed_head is not None and len(columns) == head.num_outputs
+    able = group.all_reduce(torch.tensor([int(is_all)]))
+    return columns if int(able) == group.world_size else None
 
 
 def _attend_natively(model: Model, probe: ShapeProbe, expected: _Expected) -> None:

@@ -1,4 +1,4 @@
-"""Chooses tokens on rank 0: raw logits in, token ids and log-probabilities out.
+"""Chooses tokens, on rank 0 unless `shard.greedy` does it: raw logits in, token ids and log-probabilities out.
 
     open, feed ──► what a seat knows: tokens, counts, n-grams, a grammar ──► masks, forbidden tokens ─┐
     logits ─────────────────────────────────────────────────────────────────────────────────────► choice ──► tokens

@@ -33,6 +33,11 @@ class SamplingParams:
     bad_words: tuple[tuple[int, ...], ...] = ()
 
     @property
+    def is_plain(self) -> bool:
+        """Whether the largest logit is all that is wanted, except for end tokens that come too early."""
+        return not (self.do_sample or self.looks_back or self.bias_token_ids or self.top_n_tokens)
+
+    @property
     def truncates(self) -> bool:
         return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0 or self.typical_p < 1.0
 

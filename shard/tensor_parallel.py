@@ -231,6 +231,12 @@ class _VocabularyEmbedding:
         return self._group.all_reduce(output.masked_fill(self._elsewhere[..., None], 0))
 
 
+def is_shared_at_most(embedding: nn.Module) -> bool:
+    """Whether hooks do no more to it than to share the vocabulary out to the ranks."""
+    hooks = (*embedding._forward_pre_hooks.values(), *embedding._forward_hooks.values())
+    return all(isinstance(getattr(hook, "__self__", None), _VocabularyEmbedding) for hook in hooks)
+
+
 class WideNorm(nn.Module):
     """RMS norm over a width that is spread over the ranks, of which this one holds `weight`."""
 

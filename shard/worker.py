@@ -35,6 +35,7 @@ from shard.cores import num_allowed_cores
 from shard.distributed import RankGroup, connect
 from shard.errors import LoadError
 from shard.grammar import GrammarCompiler, Grammars
+from shard.greedy import GreedySeats
 from shard.inputs import ModelInputs, PlanError, Seats, num_drafts, sampling_params
 from shard.kernels.packing import Kind
 from shard.memory import default_kv_bytes
@@ -150,7 +151,7 @@ class Worker:
         """The device to be asked how far it is."""
         self._group = group
         self._revision = revision
-        self._grammars = grammars  # where tokens are chosen: on rank 0
+        self._grammars = grammars  # where rules are kept: on rank 0
         self._epoch = 0
         self._next_step = 1
         self._ended_at = 0.0
@@ -162,6 +163,8 @@ class Worker:
         self._owners: Mapping[int, str] = {}
         """Whose sequence has a seat, for the log. Never changed, but replaced: steps keep theirs."""
         self._sampler: Sampler | None = None
+        self._greedy: GreedySeats | None = None
+        """None: the ranks choose nothing together."""
 
     @property
     def owners(self) -> list[str]:
@@ -213,6 +216,8 @@ class Worker:
                 device=self._model.device,
                 grammars=Grammars(self._grammars, max_seats=request.max_seats),
             )
+        if self._group.peers is not None and self._model.own_columns is not None:
+            self._greedy = GreedySeats(self._group.peers, self._model.own_columns, self._model.eos_token_ids)
         self._warm_up()
         return pb.ConfigureReply(epoch=request.epoch, kv_bytes=request.num_blocks * self._model.bytes_per_block)
 
@@ -263,10 +268,12 @@ class Worker:
         else:
             hidden = self._model.hidden(inputs.input_ids, inputs.positions, inputs.batch, inputs.adapters)
             scores = list(self._score_targets(hidden, inputs)) if inputs.target_seats else ()
-            logits = self._model.logits(_emitting(hidden, inputs)) if inputs.emit_rows else None
+            greedy = self._greedy if self._greedy is not None and self._greedy.hold(inputs.emit_seats) else None
+            logits_of = self._model.logits if greedy is None else self._model.own_logits
+            logits = logits_of(_emitting(hidden, inputs)) if inputs.emit_rows else None
             started = StartedStep(step, begun, Mark(self._marked), scores)
             if logits is not None:
-                self._choose(logits, inputs, started)
+                self._choose(logits, inputs, started, greedy)
         if self.starts_ahead:
             started.ended = Mark(self._marked)
         return started
@@ -310,7 +317,7 @@ class Worker:
 
     def _take_turns(self, plan: pb.StepPlan) -> Seats:
         """Closes and opens seats, and shows the sampler the literals of the rows to come."""
-        seats, sampler = self._seats, self._sampler
+        seats, sampler, greedy = self._seats, self._sampler, self._greedy
         if seats is None:
             raise PlanError("a plan came before the first epoch was configured")
         if plan.step != self._next_step:
@@ -324,12 +331,16 @@ class Worker:
             seats.close(seat)
             if sampler is not None:
                 sampler.close(seat)
+            if greedy is not None:
+                greedy.close(seat)
         for open_ in plan.opens:
             seats.open(open_.seat, open_.blocks, open_.num_cached_tokens, open_.adapter)
             logger.debug("step %d: seat %d begins for %s", plan.step, open_.seat, self._owners[open_.seat])
+            params = sampling_params(open_.sampling)
             if sampler is not None:
-                params = sampling_params(open_.sampling)
                 sampler.open(open_.seat, params, open_.history, open_.num_prompt_tokens, open_.grammar)
+            if greedy is not None:
+                greedy.open(open_.seat, params, open_.num_prompt_tokens, open_.grammar)
         if sampler is not None and plan.literals:
             start = 0
             for seat, count, drafts in zip(plan.row_seat, plan.row_num_literals, num_drafts(plan), strict=True):
@@ -347,20 +358,22 @@ class Worker:
                 asked = self._sampler.num_target_top(inputs.target_seats[chunk], inputs.target_positions[chunk])
                 yield score(logits, inputs.targets[chunk], asked).on_host()
 
-    def _choose(self, logits: Tensor, inputs: ModelInputs, started: StartedStep) -> None:
-        """Rank 0 samples; every rank then holds the same tokens and accepts the same drafts."""
-        seats = started.prepared.seats
+    def _choose(self, logits: Tensor, inputs: ModelInputs, started: StartedStep, greedy: GreedySeats | None) -> None:
+        """All ranks choose together, or rank 0 samples; every rank then holds the same tokens and accepts the same
+        drafts."""
+        seats, chooser = started.prepared.seats, greedy or self._sampler
         sampled: Sampled | None = None
-        if self._sampler is not None:
-            sampled = self._sampler.sample(logits, inputs.emit_seats, inputs.emit_positions)
+        if chooser is not None:
+            sampled = chooser.sample(logits, inputs.emit_seats, inputs.emit_positions)
             chosen = sampled.token_ids
         else:
             chosen = torch.empty(len(inputs.emit_rows), dtype=torch.int64, device=seats.device)
-        if self._group.world_size > 1:
+        if self._group.world_size > 1 and greedy is None:
             self._group.broadcast(chosen)
         if sampled is not None:
-            sampled = started.sampled = sampled.on_host() if self.starts_ahead else sampled
+            sampled = sampled.on_host() if self.starts_ahead else sampled
         started.chosen = to_host(chosen) if sampled is None else sampled.token_ids
+        started.sampled = sampled if self._group.rank == 0 else None
         started.emitted = range(len(inputs.emit_rows))
         if not inputs.emit_drafts:
             seats.last_token[inputs.emit_seat_index] = chosen

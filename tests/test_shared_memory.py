@@ -121,6 +121,39 @@ def test_three_ranks_compute_the_same_through_shared_memory(folder: Path) -> Non
     assert list(folder.glob("shardstream-*")) == [], "a file was left behind"
 
 
+WIDTH = SLOT_BYTES // 4 // 3
+"""Of rows of which a slot holds three."""
+
+TABLE_STARTS = [0, 4, 4, 9]
+"""Rows of each rank, the second of which has none."""
+
+
+def row_of(place: int) -> Tensor:
+    return torch.full((WIDTH,), float(place))
+
+
+def look_rows_up(group: RankGroup, pipe: Connection) -> None:
+    assert group.peers is not None
+    own = range(TABLE_STARTS[group.rank], TABLE_STARTS[group.rank + 1])
+    table = torch.stack([row_of(place) for place in own]) if own else torch.empty(0, WIDTH)
+    found = [
+        group.peers.look_up(table, TABLE_STARTS, torch.tensor(rows, dtype=torch.int64))
+        for rows in ([8], [0, 3, 4, 8, 4, 4, 0], [], [1, 5])
+    ]
+    pipe.send([[(row.min().item(), row.max().item()) for row in rows] for rows in found])
+
+
+@needs_library
+def test_rows_of_a_table_are_found_whichever_rank_has_them(folder: Path) -> None:
+    ranks = Ranks(look_rows_up, 3, folder)
+
+    answers = [pipe.recv() for pipe in ranks.pipes]
+    ranks.join()
+
+    wanted = [[8], [0, 3, 4, 8, 4, 4, 0], [], [1, 5]]
+    assert answers == [[[(place, place) for place in rows] for rows in wanted]] * 3
+
+
 def sum_until_alone(group: RankGroup, pipe: Connection) -> None:
     group.all_reduce(torch.ones(1))
     pipe.send(None)

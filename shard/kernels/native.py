@@ -293,6 +293,12 @@ class Library:
             *(POINTER(_ScoreRules), POINTER(_Draws), POINTER(_Choice)),
         ]
         self.choose.restype = None
+        self.choose_together = functions.shardstream_choose_together
+        self.choose_together.argtypes = [
+            *(c_void_p, c_void_p, c_uint64, c_void_p, c_uint64, c_uint64),
+            *(POINTER(_ScoreRules), POINTER(_Draws), POINTER(_Choice)),
+        ]
+        self.choose_together.restype = c_int
         self.peers = functions.shardstream_peers
         self.peers.argtypes, self.peers.restype = [c_char_p, c_uint64, c_uint64, c_uint64, c_double], c_void_p
         self.leave_peers = functions.shardstream_leave_peers
@@ -301,6 +307,9 @@ class Library:
         self.sum.argtypes, self.sum.restype = [c_void_p, c_void_p, c_uint64], c_int
         self.gather = functions.shardstream_gather
         self.gather.argtypes, self.gather.restype = [c_void_p, c_void_p, c_uint64, c_void_p], c_int
+        self.look_up = functions.shardstream_look_up
+        self.look_up.argtypes = [c_void_p, c_void_p, POINTER(c_int64), c_uint64, c_void_p, c_uint64, c_void_p]
+        self.look_up.restype = c_int
         self.join_rows = functions.shardstream_join_rows
         self.join_rows.argtypes = [c_void_p, c_void_p, POINTER(c_uint64), c_uint64, c_void_p]
         self.join_rows.restype = c_int
@@ -348,6 +357,7 @@ class Peers:
         self._native = native
         self.rank = rank
         self.count = count
+        self.slot_bytes = slot_bytes
         address = native.peers(path.encode(), rank, count, slot_bytes, timeout_s)
         if not address:
             raise OSError(f"rank {rank} cannot map {path}")
@@ -376,6 +386,21 @@ class Peers:
         num_rows, to = own.shape[:-1].numel(), joined.data_ptr() if is_first else None
         check(self._native.join_rows(self.address, own.data_ptr(), num_bytes, num_rows, to))
         return joined
+
+    def look_up(self, table: Tensor, starts: Sequence[int], rows: Tensor) -> Tensor:
+        """Rows [T] of a table of which this rank holds those from `starts[rank]` to `starts[rank + 1]`: [T, width].
+        Raises `PeerError`."""
+        ids, row_bytes = rows.contiguous(), table.shape[1] * table.itemsize
+        assert table.is_contiguous(), table.stride()
+        assert row_bytes <= self.slot_bytes, row_bytes
+        found = table.new_empty(len(ids), table.shape[1])
+        places = (c_int64 * (self.count + 1))(*starts)
+        check(
+            self._native.look_up(
+                *(self.address, table.data_ptr(), places, row_bytes, ids.data_ptr(), len(ids), found.data_ptr())
+            )
+        )
+        return found
 
     def leave(self) -> None:
         self._leave()
@@ -618,9 +643,15 @@ class Chosen(NamedTuple):
     top_logprobs: Tensor  # [R, max_top] float32
 
 
-def choose(logits: Tensor, given: ChoiceArguments, threads: Threads) -> Chosen:
+def choose(
+    logits: Tensor, given: ChoiceArguments, threads: Threads, peers: Peers | None = None, first: int = 0
+) -> Chosen:
     """[R, V] contiguous float32. Where the rules leave no token, the largest logit is taken, if possible of those that
-    masks leave."""
+    masks leave.
+
+    With `peers`, each rank gives its own columns, those from `first` on and in the order of the ranks, and `given` is
+    of these. All get the answer; no row may ask for more than its largest score. Raises `PeerError`.
+    """
     num_rows, width = logits.shape
     assert given.known is None or given.known.shape[1] == width, (given.known.shape, width)
     assert given.mask_bits is None or given.mask_bits.shape[1] * 32 >= width, (given.mask_bits.shape, width)
@@ -644,9 +675,12 @@ def choose(logits: Tensor, given: ChoiceArguments, threads: Threads) -> Chosen:
         *(chosen.token_ids.data_ptr(), chosen.logprobs.data_ptr(), chosen.faults.data_ptr(), given.max_top),
         *(chosen.num_top.data_ptr(), chosen.top_ids.data_ptr(), chosen.top_logprobs.data_ptr()),
     )
-    threads.native.choose(
-        *(threads.address, logits.data_ptr(), num_rows, width, byref(rules), byref(draws), byref(choice))
-    )
+    structs = byref(rules), byref(draws), byref(choice)
+    if peers is None:
+        threads.native.choose(threads.address, logits.data_ptr(), num_rows, width, *structs)
+    else:
+        rows = logits.data_ptr(), num_rows, width
+        check(threads.native.choose_together(threads.address, peers.address, first, *rows, *structs))
     return chosen
 
 

@@ -5,9 +5,14 @@
 // All threads look through the rows part by part, so that they share even a single row; then each row's token is found
 // in the part, and for a draw in the block, that holds it, or among those in the blocks with the largest maxima. A row's
 // answer depends neither on the other rows nor on the number of threads.
+//
+// Ranks that hold a part of the columns each take the largest score together: what each has found among its own goes
+// round, and all of them have the answer. Its log-probability may then differ from one rank's in the last bits, unless
+// ranks hold whole parts.
 #pragma once
 
 #include "cut.h"
+#include "peers.h"
 
 namespace shardstream {
 
@@ -62,10 +67,55 @@ class Chooser {
 
   void choose(Threads& threads, const Choice& choice) {
     threads.each(parts_.size(), [&](size_t index) { look_through(index / num_parts_, index % num_parts_); });
-    threads.each(num_rows_, [&](size_t row) { choose_in(row, choice); });
+    threads.each(num_rows_, [&](size_t row) { answer(row, found_in(row), choice); });
+  }
+
+  // Where the columns here are some of the rows', those from `first` on, and no row wants more than its largest score.
+  PeerFault choose_together(Threads& threads, Peers& peers, size_t first, const Choice& choice) {
+    threads.each(parts_.size(), [&](size_t index) { look_through(index / num_parts_, index % num_parts_); });
+    std::vector<Found> own(num_rows_), of_all(num_rows_ * peers.count());
+    threads.each(num_rows_, [&](size_t row) {
+      own[row] = found_in(row);
+      own[row].token += first;
+    });
+    const size_t num_bytes = num_rows_ * sizeof(Found);
+    const auto fault = peers.gather(reinterpret_cast<char*>(own.data()), num_bytes, reinterpret_cast<char*>(of_all.data()));
+    if (fault) return fault;
+    for (size_t row = 0; row < num_rows_; row++) {
+      Found found = of_all[row];
+      for (size_t rank = 1; rank < peers.count(); rank++) found = joined(found, of_all[rank * num_rows_ + row]);
+      answer(row, found, choice);
+    }
+    return kNone;
   }
 
  private:
+  // What some columns of a row come to.
+  struct Found {
+    double sum;       // of e^(logit - peak)
+    float peak;       // the largest logit
+    float score;      // the token's; minus infinity where the rules leave none, and it is the model's own choice
+    float logit;      // the token's
+    uint32_t defined;  // whether no logit is a NaN
+    uint64_t token;
+
+    bool is_fit() const { return defined && std::isfinite(peak); }
+  };
+
+  // Of neighbouring columns, the lower ones first.
+  static Found joined(const Found& low, const Found& high) {
+    const bool is_high = high.score != low.score ? high.score > low.score : high.logit > low.logit;
+    Found found = is_high ? high : low;
+    found.peak = std::max(low.peak, high.peak);
+    found.sum = sum_below(low, found.peak) + sum_below(high, found.peak);
+    found.defined = low.defined && high.defined;
+    return found;
+  }
+
+  static double sum_below(const Found& found, float peak) {
+    return found.sum > 0 ? found.sum * std::exp(static_cast<double>(found.peak) - peak) : 0;
+  }
+
   struct Part {
     Mass mass;  // of the logits
     bool defined;
@@ -129,30 +179,38 @@ class Chooser {
     return 1 / std::max(static_cast<float>(rules_[row].temperature), kLeastTemperature);
   }
 
-  void choose_in(size_t row, const Choice& choice) const {
+  Found found_in(size_t row) const {
     const Part* parts = parts_in(row);
-    float peak = -INFINITY, peak_score = -INFINITY;
-    bool defined = true;
+    Found found{0, -INFINITY, -INFINITY, -INFINITY, true, 0};
+    float peak_score = -INFINITY;
     for (size_t p = 0; p < num_parts_; p++) {
-      peak = std::max(peak, parts[p].mass.peak);
+      found.peak = std::max(found.peak, parts[p].mass.peak);
       peak_score = std::max(peak_score, parts[p].peak);
-      defined &= parts[p].defined;
+      found.defined &= parts[p].defined;
     }
-    const bool is_fit = defined && std::isfinite(peak);
-    const size_t token = is_fit ? chosen(row, peak, peak_score) : 0;
+    if (!found.is_fit()) return found;
+    found.sum = joined_sum(num_parts_, found.peak, [&](size_t p) { return parts[p].mass; });
+    found.token = chosen(row, found.peak, peak_score);
+    found.logit = scores_.logits(row)[found.token];
+    if (std::isfinite(peak_score)) found.score = peak_score;
+    return found;
+  }
+
+  void answer(size_t row, const Found& found, const Choice& choice) const {
+    const bool is_fit = found.is_fit();
+    const float log_sum = static_cast<float>(std::log(found.sum));
+    const auto logprob_of = [&](float logit) { return logit - found.peak - log_sum; };
+    const uint64_t token = is_fit ? found.token : 0;
     scores_.note(row, token);
-    const double sum = joined_sum(num_parts_, peak, [&](size_t p) { return parts[p].mass; });
-    const float log_sum = static_cast<float>(std::log(sum));
-    const auto logprob_of = [&](size_t id) { return scores_.logits(row)[id] - peak - log_sum; };
     choice.tokens[row] = static_cast<int64_t>(token);
-    choice.logprobs[row] = logprob_of(token);
+    choice.logprobs[row] = logprob_of(found.logit);
     choice.faults[row] = !is_fit;
     const std::vector<Candidate> top = is_fit ? likeliest(row) : std::vector<Candidate>();
     choice.num_top[row] = static_cast<int64_t>(top.size());
     for (size_t i = 0; i < choice.max_top; i++) {
       const size_t id = i < top.size() ? top[i].token : 0;
       choice.top_tokens[row * choice.max_top + i] = static_cast<int64_t>(id);
-      choice.top_logprobs[row * choice.max_top + i] = logprob_of(id);
+      choice.top_logprobs[row * choice.max_top + i] = logprob_of(scores_.logits(row)[id]);
     }
   }
 

@@ -291,6 +291,7 @@ class Decoder {
   // before has `operand_width` numbers.
   void project(const Matrix& matrix, const RowsBuffer<Dot>& operand, size_t operand_width, const Norm& after,
                size_t num) {
+    if (peers_) peers_->announce();
     if constexpr (kQuantized) {
       each_token(num, [&](size_t token) {
         const float* from = exact_ + token * operand_width;

@@ -156,6 +156,11 @@ void shardstream_choose(Threads* threads, const float* logits, uint64_t num_rows
   Chooser(logits, num_rows, width, *rules, *draws).choose(*threads, *choice);
 }
 
+int shardstream_choose_together(Threads* threads, Peers* peers, uint64_t first, const float* logits, uint64_t num_rows,
+                                uint64_t width, const ScoreRules* rules, const Draws* draws, const Choice* choice) {
+  return Chooser(logits, num_rows, width, *rules, *draws).choose_together(*threads, *peers, first, *choice);
+}
+
 Peers* shardstream_peers(const char* path, uint64_t rank, uint64_t count, uint64_t slot_bytes, double timeout_s) {
   return join_peers(path, rank, count, slot_bytes, timeout_s);
 }
@@ -166,6 +171,11 @@ int shardstream_sum(Peers* peers, float* numbers, uint64_t num) { return peers->
 
 int shardstream_gather(Peers* peers, const char* from, uint64_t num_bytes, char* to) {
   return peers->gather(from, num_bytes, to);
+}
+
+int shardstream_look_up(Peers* peers, const char* table, const int64_t* starts, uint64_t row_bytes, const int64_t* rows,
+                        uint64_t num, char* to) {
+  return peers->look_up(table, starts, row_bytes, rows, num, to);
 }
 
 int shardstream_join_rows(Peers* peers, const char* from, const uint64_t* widths, uint64_t num_rows, char* to) {

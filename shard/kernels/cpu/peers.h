@@ -58,10 +58,16 @@ class Peers {
     return const_cast<char*>(slot(rank_));
   }
 
+  // Wakes those who sleep until this rank has come, which it will soon: a sleeper takes longer to wake up than to look on
+  // for the rest.
+  void announce() {
+    if (sleepers().load()) futex(word(rank_), FUTEX_WAKE, INT_MAX);
+  }
+
   // Returns when all slots of the round can be read.
   PeerFault meet() {
     word(rank_).store(round_);
-    if (sleepers().load()) futex(word(rank_), FUTEX_WAKE, INT_MAX);
+    announce();
     for (size_t peer = 0; peer < count_; peer++) {
       if (const PeerFault fault = await(peer)) return fault;
     }
@@ -103,6 +109,26 @@ class Peers {
       memcpy(begin(), from + start, part);
       if (const PeerFault fault = meet()) return fault;
       for (size_t peer = 0; peer < count_; peer++) memcpy(to + peer * num_bytes + start, slot(peer), part);
+    }
+    return kNone;
+  }
+
+  // Rows of a table of which rank r holds those from `starts[r]` to `starts[r + 1]`: `to` is [num, row_bytes]. No row is
+  // larger than a slot.
+  PeerFault look_up(const char* table, const int64_t* starts, size_t row_bytes, const int64_t* rows, size_t num, char* to) {
+    const size_t most = slot_bytes_ / row_bytes;
+    for (size_t start = 0; start < num; start += most, rows += most, to += most * row_bytes) {
+      const size_t part = std::min(most, num - start);
+      char* own = begin();
+      for (size_t i = 0; i < part; i++) {
+        const int64_t row = rows[i] - starts[rank_];
+        if (row >= 0 && rows[i] < starts[rank_ + 1]) memcpy(own + i * row_bytes, table + row * row_bytes, row_bytes);
+      }
+      if (const PeerFault fault = meet()) return fault;
+      for (size_t i = 0; i < part; i++) {
+        const size_t owner = std::upper_bound(starts + 1, starts + count_, rows[i]) - (starts + 1);
+        memcpy(to + i * row_bytes, slot(owner) + i * row_bytes, row_bytes);
+      }
     }
     return kNone;
   }
@@ -157,21 +183,26 @@ class Peers {
   }
 
   PeerFault await(size_t peer) {
-    for (int looks = 0; looks < kLooksBeforeYield + kYieldsBeforeSleep; looks++) {
-      if (arrived(peer)) return kNone;
-      if (looks < kLooksBeforeYield) _mm_pause();
-      else sched_yield();
-    }
+    if (comes_soon(peer)) return kNone;
     const double deadline = now_s() + timeout_s_;
-    while (!arrived(peer)) {
+    do {
       if (!alive(peer) && !arrived(peer)) return kDied;
       if (now_s() > deadline) return kLate;
-      sleep_until_changed(peer);
-    }
+      sleep_until_called(peer);
+    } while (!comes_soon(peer));
     return kNone;
   }
 
-  void sleep_until_changed(size_t peer) {
+  bool comes_soon(size_t peer) const {
+    for (int looks = 0; looks < kLooksBeforeYield + kYieldsBeforeSleep; looks++) {
+      if (arrived(peer)) return true;
+      if (looks < kLooksBeforeYield) _mm_pause();
+      else sched_yield();
+    }
+    return false;
+  }
+
+  void sleep_until_called(size_t peer) {
     const timespec most{0, kSleepNanoseconds};
     sleepers().fetch_add(1);
     const uint32_t seen = word(peer).load();
