@@ -74,6 +74,8 @@ class EngineSettings:
     prefix_caching: bool = True
     max_drafts: int = 0
     """Guessed tokens a row may verify."""
+    loaded_s: float = 20.0
+    """What the group took until it was there."""
 
 
 class _Sent(NamedTuple):
@@ -159,6 +161,10 @@ class Engine:
         self._refusal: str | None = None
         self._is_over = False
         self._serving = True
+        self._away_s = settings.loaded_s
+        """How long the group was away the last time."""
+        self._lost_at = 0.0
+        """When it was lost (`time.monotonic`), if it is."""
 
     @property
     def ready(self) -> bool:
@@ -186,6 +192,13 @@ class Engine:
             num_rows_by_skipped=tuple(scheduler.counters.num_rows_by_skipped),
             cpu_s=time.thread_time(),
         )
+
+    @property
+    def ready_in_s(self) -> float:
+        """How long the group will still be away, if it is as long as the last time; one second at least. How long it
+        would be if it were lost now, while it is there."""
+        passed_s = 0.0 if self._serving else time.monotonic() - self._lost_at
+        return max(1.0, self._away_s - passed_s)
 
     @property
     def counters(self) -> Counters:
@@ -275,6 +288,7 @@ class Engine:
     def _lose_epoch(self) -> None:
         """Every sequence waits again; those that killed the group repeatedly are failed."""
         self._serving = False
+        self._lost_at = time.monotonic()
         self._metrics.count("shardstream_group_restarts_count")
         for sent in self._sent:
             self._metrics.count("tgi_batch_inference_failure", label=sent.method)
@@ -294,6 +308,7 @@ class Engine:
                 logger.error("the group is not back yet: %s", error)
                 await asyncio.sleep(pause_s)
                 pause_s = min(MAX_PAUSE_S, 2.0 * pause_s)
+        self._away_s = time.monotonic() - self._lost_at
         logger.info("the group is back in epoch %d", self._client.info.epoch)
 
     async def _serve_epoch(self) -> None:

@@ -65,6 +65,7 @@ class FakeEngine:
     scripts: list[Script] = field(default_factory=lambda: [Script()])
     refusal: RouterError | None = None
     ready: bool = True
+    ready_in_s: float = 20.0
     gauges: Gauges = field(default_factory=Gauges)
     requests: list[Request] = field(default_factory=list)
     cancelled: list[Request] = field(default_factory=list)

@@ -288,12 +288,12 @@ async def soon(condition: Callable[[], bool]) -> None:
     "path", ["/models/m", "/models/m/v1/completions", "/hf-inference/models/m/v1/chat/completions"]
 )
 def test_a_model_that_loads_is_not_waited_for(path: str) -> None:
-    client = hosting(FakeEngine(ready=False))
+    client = hosting(FakeEngine(ready=False, ready_in_s=7.2618))
 
     response = client.post(path, BODIES["/v1/chat/completions"] | BODIES["/v1/completions"] | NATIVE)
 
     assert response.status_code == 503
-    assert response.content == b'{"error":"Model m is currently loading","estimated_time":20.0}'
+    assert response.content == b'{"error":"Model m is currently loading","estimated_time":7.3}'
     assert (response.headers["retry-after"], response.headers["x-sha"]) == ("1", MODEL_SHA)
     assert client.engine.requests == []
 

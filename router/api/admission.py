@@ -43,6 +43,10 @@ class EngineLike(Protocol):
     def ready(self) -> bool: ...
 
     @property
+    def ready_in_s(self) -> float:
+        """What is expected when it is not; one at least."""
+
+    @property
     def gauges(self) -> Gauges: ...
 
 

@@ -48,9 +48,6 @@ last that a request is compared with."""
 NO_COMMIT: Final = "0" * 40
 """git's way to write it, for weights that are not from the hub: clients want a text."""
 
-ESTIMATED_TIME_S: Final = 20.0
-"""What the hosted API says of a model whose loading it knows nothing about. Clients show it to people."""
-
 Check = Callable[..., Awaitable[None]]
 
 
@@ -131,7 +128,7 @@ def _in_hosted_words(services: Services, endpoint: Endpoint) -> Endpoint:
 
     @functools.wraps(endpoint)
     async def answer(request: Request) -> Response:
-        loading = Loading(request.path_params["model_id"], ESTIMATED_TIME_S)
+        loading = Loading(request.path_params["model_id"], round(services.engine.ready_in_s, 1))
         body = await read_json(request, limit_bytes=services.config.payload_limit, any_type=True)
         if not services.engine.ready and not _waits(request, body):
             raise loading
