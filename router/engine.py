@@ -27,7 +27,7 @@ from router.core.scheduler import Counters, Emission, Limits, Scheduler
 from router.errors import GenerationFailed, GroupLost, NotReady, RouterError
 from router.generation import Finish, Generation, Token, TokenEvent
 from router.group.client import GroupClient, GroupInfo
-from router.metrics import Gauges, Metrics
+from router.metrics import METHODS, Gauges, Metrics
 from router.text.output import OutputText
 from router.text.tokenizer import Tokenizer
 
@@ -101,6 +101,43 @@ class _Run:
     """Works for a beam search, which is what the client asked for and what is counted."""
 
 
+class StepMeters:
+    """What every step of a method adds to."""
+
+    __slots__ = (
+        *("choosing", "commit", "forward", "forward_s", "host_s", "inputs_s", "num_by_method", "num_steps"),
+        *("publish_s", "sample_s", "step", "wait_s"),
+    )
+
+    def __init__(self, metrics: Metrics, method: str) -> None:
+        counter, histogram = metrics.counter, metrics.histogram
+        self.num_steps = counter("shardstream_step_count")
+        self.num_by_method = counter("tgi_batch_inference_success", method)
+        self.host_s = counter("shardstream_router_step_seconds_sum")
+        self.publish_s = counter("shardstream_router_publish_seconds_sum")
+        self.wait_s = counter("shardstream_shard_wait_seconds_sum")
+        self.inputs_s = counter("shardstream_shard_inputs_seconds_sum")
+        self.forward_s = counter("shardstream_shard_forward_seconds_sum")
+        self.sample_s = counter("shardstream_shard_sample_seconds_sum")
+        self.step = histogram("tgi_batch_inference_duration", method)
+        self.forward = histogram("tgi_batch_forward_duration", method)
+        self.choosing = histogram("tgi_batch_decode_duration", method)
+        self.commit = histogram("tgi_batch_filter_duration", method)
+
+    def note(self, step_s: float, timings: Timings) -> None:
+        """`step_s` from when it could begin to its output."""
+        forward_s, sample_s = timings.forward_us * 1e-6, timings.sample_us * 1e-6
+        self.num_steps.value += 1
+        self.num_by_method.value += 1
+        self.wait_s.value += timings.wait_us * 1e-6
+        self.inputs_s.value += timings.inputs_us * 1e-6
+        self.forward_s.value += forward_s
+        self.sample_s.value += sample_s
+        self.step.observe(step_s)
+        self.forward.observe(forward_s)
+        self.choosing.observe(sample_s)
+
+
 class Supervisor(Protocol):
     """Whoever keeps the group's processes alive."""
 
@@ -152,11 +189,12 @@ class Engine:
         self._work = asyncio.Event()
         self._empty = asyncio.Event()
         self._empty.set()
-        self._num_published = 0
+        self._num_published = metrics.counter("shardstream_generated_tokens_count")
         """Tokens that became events."""
         self._sent: deque[_Sent] = deque()
         self._returned_at = 0.0
         """When the last step returned (`time.monotonic`)."""
+        self._meters = {method: StepMeters(metrics, method) for method in METHODS}
         self._pace = Pace()
         self._refusal: str | None = None
         self._is_over = False
@@ -170,6 +208,13 @@ class Engine:
     def ready(self) -> bool:
         """Whether the group is up and new requests are taken."""
         return self._serving and self._refusal is None
+
+    @property
+    def ready_in_s(self) -> float:
+        """How long the group will still be away, if it is as long as the last time; one second at least. How long it
+        would be if it were lost now, while it is there."""
+        passed_s = 0.0 if self._serving else time.monotonic() - self._lost_at
+        return max(1.0, self._away_s - passed_s)
 
     @property
     def gauges(self) -> Gauges:
@@ -190,15 +235,15 @@ class Engine:
             num_emitted_tokens=scheduler.counters.num_emitted_tokens,
             num_skipped_tokens=scheduler.counters.num_skipped_tokens,
             num_rows_by_skipped=tuple(scheduler.counters.num_rows_by_skipped),
+            num_adapters=len(self._client.info.adapters),
+            running_adapters=self._adapters_of(scheduler.running),
+            waiting_adapters=self._adapters_of(scheduler.waiting),
             cpu_s=time.thread_time(),
         )
 
-    @property
-    def ready_in_s(self) -> float:
-        """How long the group will still be away, if it is as long as the last time; one second at least. How long it
-        would be if it were lost now, while it is there."""
-        passed_s = 0.0 if self._serving else time.monotonic() - self._lost_at
-        return max(1.0, self._away_s - passed_s)
+    def _adapters_of(self, sequences: Iterable[Sequence]) -> tuple[str, ...]:
+        numbers = {sequence.request.adapter for sequence in sequences}
+        return tuple(name for number, name in enumerate(self._client.info.adapters, 1) if number in numbers)
 
     @property
     def counters(self) -> Counters:
@@ -336,7 +381,7 @@ class Engine:
                 return
             self._note_plan(plan)
             await self._client.send(plan, self._settings.step_timeout_s)
-            self._count_host_time(planned_s, codec_s)
+            self._metrics.count("shardstream_router_step_seconds_sum", planned_s + self._client.codec_s - codec_s)
 
     def _note_plan(self, plan: StepPlan) -> None:
         sent = _Sent(time.monotonic(), plan.num_tokens, _method(plan), joined=0 < len(plan.opens) < len(plan.rows))
@@ -358,37 +403,24 @@ class Engine:
         begun_at = time.perf_counter()
         emissions = self._scheduler.commit(output)
         committed_at = time.perf_counter()
-        self._metrics.observe("tgi_batch_filter_duration", committed_at - begun_at, sent.method)
         self._supervisor.note_served()
         self._publish(emissions)
-        self._metrics.count("shardstream_router_publish_seconds_sum", time.perf_counter() - committed_at)
-        self._count_host_time(committed_at - begun_at, codec_s)
-
-    def _count_host_time(self, scheduler_s: float, codec_s_before: float) -> None:
-        codec_s = self._client.codec_s - codec_s_before
-        self._metrics.count("shardstream_router_step_seconds_sum", scheduler_s + codec_s)
+        meters, commit_s = self._meters[sent.method], committed_at - begun_at
+        meters.commit.observe(commit_s)
+        meters.host_s.value += commit_s + self._client.codec_s - codec_s
+        meters.publish_s.value += time.perf_counter() - committed_at
 
     def _note_output(self, sent: _Sent, timings: Timings) -> None:
         now = time.monotonic()
         step_s = now - max(sent.at, self._returned_at)
         self._returned_at = now
         self._pace.note(step_s, sent.num_tokens, timings.forward_us * 1e-6)
-        count, observe = self._metrics.count, self._metrics.observe
-        count("shardstream_step_count")
-        count("tgi_batch_inference_success", label=sent.method)
-        count("shardstream_shard_wait_seconds_sum", timings.wait_us * 1e-6)
-        count("shardstream_shard_inputs_seconds_sum", timings.inputs_us * 1e-6)
-        count("shardstream_shard_forward_seconds_sum", timings.forward_us * 1e-6)
-        count("shardstream_shard_sample_seconds_sum", timings.sample_us * 1e-6)
-        observe("tgi_batch_inference_duration", step_s, sent.method)
-        observe("tgi_batch_forward_duration", timings.forward_us * 1e-6, sent.method)
-        observe("tgi_batch_decode_duration", timings.sample_us * 1e-6, sent.method)
+        self._meters[sent.method].note(step_s, timings)
         if sent.joined:
-            observe("tgi_batch_concat_duration", timings.inputs_us * 1e-6, "decode")
+            self._metrics.observe("tgi_batch_concat_duration", timings.inputs_us * 1e-6, "decode")
 
     def _publish(self, emissions: Iterable[Emission]) -> None:
         """Turns what the scheduler committed into events. Never awaits, never raises: a sequence fails alone."""
-        num_before = self._num_published
         for emission in emissions:
             try:
                 self._publish_events(emission)
@@ -397,7 +429,6 @@ class Engine:
                 if emission.sequence in self._runs:
                     self._scheduler.cancel(emission.sequence)
                     self._fail(emission.sequence, GenerationFailed("its text could not be decoded"))
-        self._metrics.count("shardstream_generated_tokens_count", self._num_published - num_before)
 
     def _publish_events(self, emission: Emission) -> None:
         sequence = emission.sequence
@@ -427,7 +458,7 @@ class Engine:
         if index == 1 and sequence.request.prompt_logprobs:
             event = _with_prompt(event, run, has_tops=sequence.request.sampling.prompt_top_n_tokens > 0)
         run.generation.publish(event)
-        self._num_published += 1
+        self._num_published.value += 1
         if finish is None:
             return False
         self._forget(sequence, finish)
@@ -459,7 +490,11 @@ class Engine:
             observe("tgi_request_generated_tokens", outcome.num_generated)
 
     def _fail(self, sequence: Sequence, error: RouterError) -> None:
-        self._runs[sequence].generation.fail(error)
+        """Never raises either."""
+        try:
+            self._runs[sequence].generation.fail(error)
+        except Exception:
+            logger.exception("a failure could not be told")
         self._forget(sequence, error)
 
     def refuse(self, cause: str) -> None:

@@ -8,6 +8,7 @@ exposed by a collector of our own.
 from __future__ import annotations
 
 import math
+import time
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -110,12 +111,27 @@ class Gauges:
     """Of them those that no row of their own was needed for."""
     num_rows_by_skipped: tuple[int, ...] = (0, 0)
     """Of rows that emitted several tokens, how many skipped 0, 1, ... of them, or as many as the last or more."""
+    num_adapters: int = 0
+    """Loaded; 0: there is nothing to tell of them."""
+    running_adapters: tuple[str, ...] = ()
+    waiting_adapters: tuple[str, ...] = ()
     cpu_s: float = 0.0
     """CPU time of the event loop's thread since it began: all that the router does for steps, and for requests."""
 
 
+class Counter:
+    """A total that only grows."""
+
+    __slots__ = ("value",)
+
+    def __init__(self) -> None:
+        self.value = 0.0
+
+
 class Histogram:
     """How many observations fell between which bounds, and their sum."""
+
+    __slots__ = ("_bounds", "_nums", "_sum")
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self._bounds = bounds
@@ -133,11 +149,14 @@ class Histogram:
 
 
 class Metrics(Collector):
-    """One process's measurements. Counting costs a dictionary update; all formatting happens at the scrape."""
+    """One process's measurements; all formatting happens at the scrape. Who counts in every step keeps what it counts
+    with: finding it by its name costs more than adding to it."""
 
     def __init__(self, *, max_input_tokens: int, max_total_tokens: int) -> None:
         self.gauges = Gauges()
-        self._counters = {name: dict.fromkeys(family.values or ("",), 0.0) for name, family in COUNTERS.items()}
+        self._counters = {
+            name: {value: Counter() for value in family.values or ("",)} for name, family in COUNTERS.items()
+        }
         bounds = {
             "tgi_request_input_length": _hundredths(max_input_tokens),
             "tgi_request_max_new_tokens": _hundredths(max_total_tokens),
@@ -152,15 +171,24 @@ class Metrics(Collector):
         self._registry.register(self)
 
     def count(self, name: str, amount: float = 1.0, label: str = "") -> None:
-        values = self._counters[name]
-        values[label] = values.get(label, 0.0) + amount
+        self.counter(name, label).value += amount
+
+    def counter(self, name: str, label: str = "") -> Counter:
+        counters = self._counters[name]
+        if label not in counters:
+            counters[label] = Counter()
+        return counters[label]
 
     def observe(self, name: str, value: float, label: str = "") -> None:
-        self._histograms[name][label].observe(value)
+        self.histogram(name, label).observe(value)
+
+    def histogram(self, name: str, label: str = "") -> Histogram:
+        return self._histograms[name][label]
 
     def value(self, name: str, label: str = "") -> float:
         """A counter's value so far."""
-        return self._counters[name].get(label, 0.0)
+        counter = self._counters[name].get(label)
+        return 0.0 if counter is None else counter.value
 
     def render(self, gauges: Gauges) -> bytes:
         """Prometheus text, format 0.0.4."""
@@ -170,12 +198,14 @@ class Metrics(Collector):
     def collect(self) -> Iterator[Metric]:
         for name, (help_, label, _) in COUNTERS.items():
             family = UnknownMetricFamily(name, help_, labels=[label] if label else [])
-            for value, amount in self._counters[name].items():
-                family.add_metric([value] if label else [], amount)
+            for value, counter in self._counters[name].items():
+                family.add_metric([value] if label else [], counter.value)
             yield family
         yield from self._engine_families()
         yield self._skipped_tokens()
         yield from self._gauge_families()
+        if self.gauges.num_adapters:
+            yield self._adapters()
         yield from self._histogram_families()
 
     def _engine_families(self) -> Iterator[Metric]:
@@ -217,6 +247,15 @@ class Metrics(Collector):
             ("shardstream_ready", "1 while the group serves.", float(gauges.ready)),
         ):
             yield GaugeMetricFamily(name, help_, value=value)
+
+    def _adapters(self) -> Metric:
+        """Under the name by which gateways choose a server that has an adapter in use; the value is the time."""
+        gauges = self.gauges
+        names = ["max_lora", "running_lora_adapters", "waiting_lora_adapters"]
+        family = GaugeMetricFamily("vllm:lora_requests_info", "Adapters with sequences that run or wait.", labels=names)
+        running, waiting = ",".join(gauges.running_adapters), ",".join(gauges.waiting_adapters)
+        family.add_metric([str(gauges.num_adapters), running, waiting], time.time_ns() / 1e9)
+        return family
 
     def _histogram_families(self) -> Iterator[Metric]:
         for name, (help_, label, _) in HISTOGRAMS.items():

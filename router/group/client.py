@@ -118,6 +118,8 @@ class GroupClient:
         self.codec_s = 0.0
         """Seconds spent turning plans and outputs into bytes and back, all epochs."""
         self._ranks: list[_Rank] = []
+        self._answers: list[deque[pb.FromShard]] = []
+        """Of each rank, those that were not received yet."""
         self._outstanding: deque[_Step] = deque()
         self._epoch = 0
         self._num_blocks: int | None = None
@@ -139,6 +141,7 @@ class GroupClient:
         for address in self._addresses:
             channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
             self._ranks.append(_Rank(address, channel, shard_pb2_grpc.ShardStub(channel)))
+        self._answers = [rank.answers for rank in self._ranks]
         await self._each_rank(self._find(rank, find_s) for rank in self._ranks)
         describe = pb.DescribeRequest()
         infos = await self._each_rank(_call(r.address, r.stub.Describe(describe, timeout=load_s)) for r in self._ranks)
@@ -273,7 +276,7 @@ class GroupClient:
             raise GroupLost(f"step {step.number} did not return within {timeout_s:.1f} s")
         self._outstanding.popleft()
         begun_at = time.perf_counter()
-        output = self._decode(step, [rank.answers.popleft() for rank in self._ranks])
+        output = self._decode(step, [answers.popleft() for answers in self._answers])
         self.codec_s += time.perf_counter() - begun_at
         return output
 
@@ -292,7 +295,7 @@ class GroupClient:
             await self._answered.wait()
 
     def _has_answers(self) -> bool:
-        return all(rank.answers for rank in self._ranks)
+        return all(self._answers)
 
     def _decode(self, step: _Step, answers: list[pb.FromShard]) -> StepOutput:
         first = answers[0].output

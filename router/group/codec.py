@@ -111,9 +111,7 @@ def _plain_rows(message: pb.StepOutput, plan: StepPlan, vocab_size: int) -> list
         return None
     if any(message.num_top) or max(token_ids) >= vocab_size:
         return None
-    return [
-        RowOutput((SampledToken(token_id, logprob),)) for token_id, logprob in zip(token_ids, logprobs, strict=True)
-    ]
+    return list(map(RowOutput, zip(map(SampledToken, token_ids, logprobs))))
 
 
 def _ragged_rows(message: pb.StepOutput, plan: StepPlan, vocab_size: int) -> list[RowOutput]:
