@@ -17,6 +17,7 @@ import pytest
 import uvicorn
 
 from router.api import render, schemas
+from router.api.sse import frame
 from router.core.request import FinishReason
 from router.engine import Token, TokenEvent
 from router.errors import GenerationFailed, NotReady, Overloaded
@@ -325,9 +326,9 @@ def test_an_event_of_a_stream_is_written_as_any_json_is(text: str, logprob: floa
     for special in (False, True):
         token = Token(49151, text, logprob, special)
 
-        written = render.stream_event(3, token)
+        written = render.plain_frame(3, token)
 
-        assert written == render.to_bytes(render.full_stream_event(TokenEvent(3, token), None))
+        assert written == frame(render.to_bytes(render.full_stream_event(TokenEvent(3, token), None)))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), None])

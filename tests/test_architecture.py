@@ -37,8 +37,6 @@ LAST_RESORTS = {
     "router/engine.py",
     "router/group/client.py",
     "shard/__main__.py",
-    # Called by the engine, for whom a stream that cannot be written is none of its business: the stream ends with it.
-    "router/api/sse.py",
     "shard/server.py",
 }
 """Where `except Exception` is right."""

@@ -261,10 +261,11 @@ def test_pipelined_requests_are_answered_in_their_order(address: tuple[str, int]
 
 ASK_FOREVER = b'{"inputs":"a","parameters":{"max_new_tokens":7}}'
 FOREVER = post(HOST, JSON, b"content-length: %d" % len(ASK_FOREVER), path=b"/generate_stream", body=ASK_FOREVER)
+LARGE = post(HOST, JSON, b"content-length: 200000", body=BODY.ljust(200_000))
 
 
 @pytest.mark.parametrize("behind", [b"", GOOD, GOOD * 3], ids=["alone", "with another behind it", "with three"])
-@pytest.mark.parametrize("later", [b"", GOOD], ids=["", "and one that comes later"])
+@pytest.mark.parametrize("later", [b"", GOOD, LARGE], ids=["", "and one that comes later", "and a large one"])
 def test_a_client_that_leaves_its_stream_ends_it(
     engine: HangingEngine, address: tuple[str, int], behind: bytes, later: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -279,6 +280,16 @@ def test_a_client_that_leaves_its_stream_ends_it(
     assert_still_serving(address)
     assert len(engine.requests) - num_requests == 1 + 1
     assert [record.getMessage() for record in caplog.records if record.levelname in ("WARNING", "ERROR")] == []
+
+
+def test_a_large_request_right_behind_an_answer_is_served(address: tuple[str, int]) -> None:
+    stream = post(HOST, JSON, LENGTH, path=b"/generate_stream")
+    with Wire(address) as wire:
+        for _ in range(20):
+            wire.send(stream)
+            wire.read_until(b"\r\n0\r\n\r\n")
+            wire.send(LARGE)
+            assert wire.read_answer().body == GOOD_ANSWER
 
 
 def test_no_more_than_some_requests_are_kept_while_an_answer_is_due(address: tuple[str, int]) -> None:

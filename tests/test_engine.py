@@ -12,12 +12,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from router.core.plan import StepPlan
+from router.core.plan import StepPlan, Timings
 from router.core.request import FinishReason, Request, Sampling
-from router.engine import Engine, Pace, TokenEvent
-from router.errors import GenerationFailed, GroupLost, NotReady, StartupError
+from router.engine import Engine, Pace, StepMeters, TokenEvent
+from router.errors import GenerationFailed, GroupLost, NotReady, RouterError, StartupError
 from router.group.client import Demands, GroupClient
-from router.metrics import Metrics
+from router.metrics import Gauges, Metrics
 from router.text.output import OutputText, Piece
 from router.text.tokenizer import Tokenizer
 from tests.engines import collect, engine_over, greedy, sampled
@@ -421,6 +421,36 @@ def test_only_what_is_planned_ahead_is_repeated(
     over_ghosts(tokenizer, act, lookahead=lookahead)
 
 
+def test_a_lost_group_is_expected_to_be_away_as_long_as_the_last_time(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SimpleNamespace(now=100.0, monotonic=lambda: clock.now, perf_counter=time.perf_counter)
+    monkeypatch.setattr("router.engine.time", clock)
+    restart, engines, expected = GhostGroup.revive, list[Engine](), list[float]()
+
+    async def revive(group: GhostGroup) -> None:
+        for engine in engines:  # there is none when the group starts
+            expected.append(engine.ready_in_s)
+            clock.now += 12.0
+            expected.append(engine.ready_in_s)
+            clock.now += 0.5
+        await restart(group)
+
+    monkeypatch.setattr(GhostGroup, "revive", revive)
+
+    async def act(group: GhostGroup, engine: Engine, metrics: Metrics) -> None:
+        engines.append(engine)
+        for _ in range(2):
+            await group.kill(1)
+            await assert_all_right(engine, make_prompts(1), num_new=5)
+            clock.now += 70.0
+            expected.append(engine.ready_in_s)
+
+    over_ghosts(tokenizer, act, GhostSettings(world_size=2))
+
+    assert expected == [20.0, 8.0, 12.5, 12.5, 1.0, 12.5]
+
+
 def test_a_steps_time_begins_when_it_was_sent_and_the_step_before_it_returned(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -489,3 +519,48 @@ def test_prompts_feed_no_more_beside_running_streams_than_takes_the_longest_stal
     for _ in range(40):
         pace.note(9.0, 1000, 5.0)
     assert pace.max_prompt_tokens == 128, "slow shards get chunks worth reading the weights for"
+
+
+@pytest.mark.parametrize("num_shown", [2, 19], ids=["a token", "the last one"])
+def test_who_cannot_show_a_token_fails_alone(tokenizer: Tokenizer, num_shown: int) -> None:
+    async def act(group: GhostGroup, engine: Engine, metrics: Metrics) -> None:
+        failed: asyncio.Future[RouterError] = asyncio.get_running_loop().create_future()
+
+        def show(event: TokenEvent) -> None:
+            if event.index > num_shown:
+                raise ZeroDivisionError
+
+        engine.submit(greedy([1, 2, 3], 20)).pass_on(show, failed.set_result)
+        await assert_all_right(engine, make_prompts(3), num_new=20)
+
+        assert isinstance(await failed, GenerationFailed)
+        assert metrics.value("shardstream_group_restarts_count") == 0
+
+    over_ghosts(tokenizer, act)
+
+
+def test_who_cannot_be_told_of_a_failure_fails_alone(tokenizer: Tokenizer) -> None:
+    async def act(group: GhostGroup, engine: Engine, metrics: Metrics) -> None:
+        def break_(_: object) -> None:
+            raise ZeroDivisionError
+
+        engine.submit(greedy([1, 2, 3], 20)).pass_on(break_, break_)
+        await assert_all_right(engine, make_prompts(3), num_new=20)
+
+        assert metrics.value("tgi_request_failure", "generation") == 1
+
+    over_ghosts(tokenizer, act)
+
+
+def test_a_steps_times_are_counted_each_under_its_name() -> None:
+    metrics = Metrics(max_input_tokens=100, max_total_tokens=100)
+
+    StepMeters(metrics, "decode").note(0.5, Timings(wait_us=1, inputs_us=2, forward_us=3, sample_us=4))
+
+    names = ("wait", "inputs", "forward", "sample")
+    assert [metrics.value(f"shardstream_shard_{name}_seconds_sum") for name in names] == pytest.approx(
+        [1e-6, 2e-6, 3e-6, 4e-6]
+    )
+    text = metrics.render(Gauges()).decode()
+    for name, seconds in (("inference", "0.5"), ("forward", "3e-06"), ("decode", "4e-06")):
+        assert f'tgi_batch_{name}_duration_sum{{method="decode"}} {seconds}' in text

@@ -8,8 +8,8 @@ import json
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import AsyncExitStack
 from dataclasses import replace
-from typing import cast
 
 import pytest
 import uvicorn
@@ -17,13 +17,11 @@ from starlette.types import Message
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 from uvicorn.server import ServerState
 
-from router.api.admission import Call
 from router.api.connection import Connection
-from router.api.openai_run import Choice, arriving
-from router.api.sse import BODY_EXTENSION, EventStream, Frames
+from router.api.sse import BODY_EXTENSION, EventStream
 from router.core.request import FinishReason, Request
 from router.engine import Finish, Generation, TokenEvent
-from router.errors import GenerationFailed
+from router.errors import GenerationFailed, NotReady
 from tests.engines import greedy
 from tests.http_app import CONFIG, PARIS, FakeEngine, Script, build, listening
 from tests.server import PATIENCE_S
@@ -32,38 +30,33 @@ LAST = Finish(FinishReason.LENGTH, "", 1)
 
 
 class FakeBody:
-    """Full behind every `room` frames, until it is drained."""
+    """Takes everything at once."""
 
-    def __init__(self, room: int = 1000) -> None:
+    def __init__(self) -> None:
         self.written: list[bytes] = []
-        self.drained = asyncio.Event()
-        self._room = room
-        self._num_free = room
-
-    @property
-    def is_full(self) -> bool:
-        return self._num_free == 0
 
     def write(self, data: bytes) -> None:
-        assert self._num_free > 0, "it was full"
-        self._num_free -= 1
         self.written.append(data)
-
-    async def drain(self) -> None:
-        await self.drained.wait()
-        self._num_free = self._room
-
-
-def frames_of(generation: Generation) -> Frames:
-    for event in generation.arriving():
-        yield None if event is None else b"%d" % event.index
 
 
 def event(index: int, *, last: bool = False) -> TokenEvent:
     return TokenEvent(index, PARIS[0], finish=LAST if last else None)
 
 
-def begin(generation: Generation, body: FakeBody, frames: Frames | None = None) -> asyncio.Task[None]:
+def stream_of(generation: Generation) -> EventStream:
+    """Its frames are the numbers of its events."""
+    stream = EventStream({})
+
+    def write(event: TokenEvent) -> None:
+        stream.put(b"%d" % event.index)
+        if event.finish is not None:
+            stream.end()
+
+    generation.pass_on(write, lambda error: stream.fail(error, b"failed"))
+    return stream
+
+
+def begin(stream: EventStream, body: FakeBody) -> asyncio.Task[None]:
     """The stream being written, to a client that stays."""
 
     async def receive() -> Message:
@@ -73,7 +66,6 @@ def begin(generation: Generation, body: FakeBody, frames: Frames | None = None) 
     async def send(message: Message) -> None:
         assert not message.get("body"), "frames take the short way"
 
-    stream = EventStream(frames or frames_of(generation), [generation], {})
     scope = {"type": "http", "extensions": {BODY_EXTENSION: {"body": body}}}
     return asyncio.create_task(stream(scope, receive, send))
 
@@ -92,60 +84,75 @@ def test_who_publishes_writes_at_once() -> None:
     async def act() -> None:
         generation, body = new_generation(), FakeBody()
         generation.publish(event(1))
-        writing = begin(generation, body)
-        await settle()
-        assert body.written == [b"1"]
-
+        writing = begin(stream_of(generation), body)
         generation.publish(event(2))
+        await settle()
         assert body.written == [b"1", b"2"]
-        generation.publish(event(3, last=True))
+
+        generation.publish(event(3))
         assert body.written == [b"1", b"2", b"3"]
+        generation.publish(event(4, last=True))
+        assert body.written == [b"1", b"2", b"3", b"4"]
         await writing
 
     asyncio.run(asyncio.wait_for(act(), PATIENCE_S))
 
 
-def test_a_slow_client_is_waited_for_and_misses_nothing() -> None:
+@pytest.mark.parametrize("is_early", [False, True])
+def test_a_failure_is_told_behind_frames_and_raised_before_them(is_early: bool) -> None:
     async def act() -> None:
-        generation, body = new_generation(), FakeBody(room=2)
-        writing = begin(generation, body)
-        await settle()
-        for index in range(1, 6):
-            generation.publish(event(index))
-        assert body.written == [b"1", b"2"]
+        generation, body = new_generation(), FakeBody()
+        stream = stream_of(generation)
+        if not is_early:
+            generation.publish(event(1))
+        generation.fail(GenerationFailed("it broke"))
 
-        body.drained.set()
-        await settle()
-        generation.publish(event(6, last=True))
-        await writing
-        assert body.written == [b"%d" % index for index in range(1, 7)]
+        if is_early:
+            with pytest.raises(GenerationFailed, match="it broke"):
+                await stream.begin()
+        else:
+            await stream.begin()
+            await begin(stream, body)
+        assert body.written == ([] if is_early else [b"1", b"failed"])
 
     asyncio.run(asyncio.wait_for(act(), PATIENCE_S))
 
 
-def test_what_goes_wrong_ends_the_stream_and_not_the_publisher() -> None:
-    def broken() -> Frames:
-        yield None
-        raise ZeroDivisionError
-
+def test_nothing_comes_behind_the_end() -> None:
     async def act() -> None:
-        generation = new_generation()
-        writing = begin(generation, FakeBody(), broken())
+        stream, body = EventStream({}), FakeBody()
+        stream.put(b"1")
+        writing = begin(stream, body)
         await settle()
-        assert not writing.done()
+        stream.fail(GenerationFailed("it broke"), b"failed")
+        stream.put(b"2")
+        stream.fail(GenerationFailed("the others too"), b"again")
+        await writing
 
-        generation.publish(event(1))
-        with pytest.raises(ZeroDivisionError):
-            await writing
-        generation.publish(event(2, last=True))
+        assert body.written == [b"1", b"failed"]
+
+    asyncio.run(asyncio.wait_for(act(), PATIENCE_S))
+
+
+def test_the_first_failure_is_raised_when_all_fail() -> None:
+    async def act() -> None:
+        stream = EventStream({})
+        stream.fail(GenerationFailed("it broke"))
+        stream.fail(NotReady("so it goes"))
+
+        with pytest.raises(GenerationFailed, match="it broke"):
+            await stream.begin()
 
     asyncio.run(asyncio.wait_for(act(), PATIENCE_S))
 
 
 def test_nothing_is_written_for_a_client_that_left() -> None:
     async def act() -> None:
-        generation, body = new_generation(), FakeBody()
-        writing = begin(generation, body)
+        generation, body = Generation(greedy([1, 2], 9), Generation.drop), FakeBody()
+        stream, held = stream_of(generation), AsyncExitStack()
+        held.callback(generation.cancel)
+        stream.hold(held)
+        writing = begin(stream, body)
         generation.publish(event(1))
         await settle()
         assert body.written == [b"1"]
@@ -240,6 +247,7 @@ class FakeTransport(asyncio.Transport):
         super().__init__()
         self.written = b""
         self.is_closed = False
+        self.is_aborted = False
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         self.written += bytes(data)
@@ -247,8 +255,14 @@ class FakeTransport(asyncio.Transport):
     def close(self) -> None:
         self.is_closed = True
 
+    def abort(self) -> None:
+        self.is_aborted = True
+
     def is_closing(self) -> bool:
         return self.is_closed
+
+    def pause_reading(self) -> None:
+        pass
 
     def resume_reading(self) -> None:
         pass
@@ -262,8 +276,8 @@ def connect(engine: FakeEngine) -> tuple[Connection, FakeTransport]:
     return connection, transport
 
 
-def asking() -> bytes:
-    body = b'{"inputs":"a"}'
+def asking(num_spaces: int = 0) -> bytes:
+    body = b'{"inputs":"a"%b}' % (b" " * num_spaces)
     head = b"POST /generate_stream HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
     return head % len(body) + body
 
@@ -295,12 +309,36 @@ def test_a_client_that_leaves_about_its_first_token_is_no_error(
 
         transport.is_closed = True
         connection.connection_lost(None)
+        written = transport.written
+        engine.generation.publish(event(2))
         await settle()
 
+        assert transport.written == written
         assert engine.cancelled == [engine.generation.request]
 
     asyncio.run(asyncio.wait_for(act(), PATIENCE_S))
     assert "Exception in ASGI application" not in caplog.text
+
+
+def test_an_answer_that_lacks_a_token_has_no_end() -> None:
+    """A client may close its side while it has not read what was written yet: the connection is not lost till then."""
+
+    async def act() -> None:
+        engine = HandedOver()
+        connection, transport = connect(engine)
+        connection.data_received(asking())
+        await settle()
+        assert engine.generation is not None
+        engine.generation.publish(event(1))
+        await settle()
+
+        transport.close()
+        assert not transport.is_aborted
+        engine.generation.publish(event(2, last=True))
+
+        assert transport.is_aborted
+
+    asyncio.run(asyncio.wait_for(act(), PATIENCE_S))
 
 
 def test_a_head_that_is_cut_is_no_larger_for_what_came_with_its_beginning() -> None:
@@ -316,6 +354,21 @@ def test_a_head_that_is_cut_is_no_larger_for_what_came_with_its_beginning() -> N
             await settle()
 
         assert transport.written.count(b" 200 OK") == 2
+
+    asyncio.run(asyncio.wait_for(act(), PATIENCE_S))
+
+
+@pytest.mark.parametrize("num_before", [1, 3])
+def test_a_large_request_is_not_kept_while_an_answer_is_due(num_before: int) -> None:
+    async def act() -> None:
+        connection, transport = connect(FakeEngine())
+
+        connection.data_received(asking() * num_before + asking(100_000) + asking())
+        for _ in range(10):
+            await settle()
+
+        assert transport.written.count(b" 200 OK") == num_before
+        assert transport.is_closed
 
     asyncio.run(asyncio.wait_for(act(), PATIENCE_S))
 
@@ -345,17 +398,3 @@ def test_what_was_answered_is_freed_without_the_garbage_collector() -> None:
 
     asyncio.run(asyncio.wait_for(act(asking()), PATIENCE_S))
     asyncio.run(asyncio.wait_for(act(b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\n"), PATIENCE_S))
-
-
-def test_what_other_choices_have_comes_before_the_failure_of_one() -> None:
-    failing, other = new_generation(), new_generation()
-    call = cast("Call", None)
-    arrivals = arriving([Choice(0, call, failing), Choice(1, call, other)])
-    assert next(arrivals) is None
-
-    other.publish(event(1))
-    failing.fail(GenerationFailed("it broke"))
-
-    assert next(arrivals) == (Choice(1, call, other), event(1))
-    with pytest.raises(GenerationFailed, match="it broke"):
-        next(arrivals)

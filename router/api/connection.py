@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import weakref
 from collections.abc import Mapping
 from functools import partial
 from http import HTTPStatus
@@ -20,6 +19,7 @@ from typing import Any, Final
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from router.api import render
@@ -126,6 +126,11 @@ class Connection(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         self._is_in_trailers = False
+        if self.pipeline and len(self.cycle.body) + len(body) > HIGH_WATER_LIMIT:
+            # uvicorn would stop reading, and not notice that the client leaves: the request is as good as not sent.
+            self.pipeline.popleft()
+            self.cycle = self.pipeline[0][0] if self.pipeline else self._answering  # type: ignore[assignment]
+            raise RefusedHead
         super().on_body(body)
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -154,7 +159,7 @@ class Connection(HttpToolsProtocol):
             self.expect_100_continue &= self.parser.get_http_version() != "1.0"  # whose clients know one answer only
             super().on_headers_complete()
             if self.scope["http_version"] != "1.0":
-                self.scope["extensions"] = {BODY_EXTENSION: {"body": ChunkedBody(self.cycle)}}
+                self.scope["extensions"] = {BODY_EXTENSION: {"body": ChunkedBody(self.transport)}}
             if self.pipeline:
                 self.flow.resume_reading()  # uvicorn keeps from it, and would not notice that the client leaves
 
@@ -203,27 +208,17 @@ async def _call_without_chunks(
 
 
 class ChunkedBody:
-    """The `Body` of an answer whose head uvicorn has written, without a content-length, and whose end it will write;
-    neither is written if the client has left."""
+    """The `Body` of an answer whose head uvicorn has written, without a content-length, and whose end it will write,
+    and will wait with until the client has read enough."""
 
-    __slots__ = ("_cycle", "_flow", "_transport")
+    __slots__ = ("_transport",)
 
-    def __init__(self, cycle: RequestResponseCycle) -> None:
-        self._cycle: RequestResponseCycle = weakref.proxy(cycle)
-        """Holds this body, by its scope."""
-        self._flow = cycle.flow
-        self._transport = cycle.transport
-
-    @property
-    def is_full(self) -> bool:
-        return self._flow.write_paused and not self._cycle.disconnected
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
 
     def write(self, data: bytes) -> None:
-        cycle = self._cycle
-        if cycle.disconnected:
-            return
-        assert cycle.chunked_encoding, "the head says something else"
-        self._transport.write(b"%x\r\n%b\r\n" % (len(data), data))
-
-    async def drain(self) -> None:
-        await self._flow.drain()
+        transport = self._transport
+        if not transport.is_closing():
+            transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        else:
+            transport.abort()  # else a client that only closed its own side could be told the end without this

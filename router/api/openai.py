@@ -1,8 +1,8 @@
 """OpenAI's routes: /v1/completions, /v1/chat/completions, /v1/responses and /v1/models; with TGI's /chat_tokenize, and
 /load_model, which `transformers chat` asks before it talks.
 
-They follow OpenAI's contract, except that an error's body is flat as everywhere here. Whatever `model` a body
-names, the served one answers.
+They follow OpenAI's contract, except that an error's body is flat as everywhere here. A `model` that names an adapter
+has it answer; whatever else a body names, the served model answers.
 """
 
 from __future__ import annotations
@@ -92,7 +92,10 @@ def openai_routes(services: Services) -> V1:
         if not services.engine.ready:
             raise NotReady("unhealthy")
         status = {"status": "ready", "model": body.model or services.config.model_name, "cached": True}
-        return EventStream(iter((frame(render.to_bytes(status)),)), (), {})
+        stream = EventStream({})
+        stream.put(frame(render.to_bytes(status)))
+        stream.end()
+        return stream
 
     return V1(router, create_chat_completion, create_completion)
 
@@ -119,18 +122,19 @@ def model_routes(services: Services) -> APIRouter:
     """Behind the API key if the operator wants it."""
     router = APIRouter(tags=["OpenAI"])
     name = services.config.model_name
-    model = {"id": name, "object": "model", "created": 0, "owned_by": name}
+    names = (name, *services.validator.limits.adapters)
+    models = {id_: {"id": id_, "object": "model", "created": 0, "owned_by": name} for id_ in names}
 
     @router.get("/v1/models")
     async def list_models() -> Response:
-        """What is served."""
-        return Response(render.to_bytes({"object": "list", "data": [model]}), media_type=JSON_TYPE)
+        """What is served: the model and its adapters."""
+        return Response(render.to_bytes({"object": "list", "data": list(models.values())}), media_type=JSON_TYPE)
 
     @router.get("/v1/models/{model_id:path}", responses=failures(404))
     async def retrieve_model(model_id: str) -> Response:
         """Whether a model is served; its name may have slashes."""
-        if model_id != name:
+        if model_id not in models:
             raise UnknownModel(model_id)
-        return Response(render.to_bytes(model), media_type=JSON_TYPE)
+        return Response(render.to_bytes(models[model_id]), media_type=JSON_TYPE)
 
     return router

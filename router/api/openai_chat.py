@@ -337,7 +337,7 @@ class _StreamWriter:
         """Of each choice's tokens that have nothing to tell but a part of the content."""
         self._tells_more = bool(body.logprobs or body.continuous_usage)
 
-    def begin(self, calls: Sequence[Call], choices: Sequence[Choice]) -> Iterable[Json]:
+    def begin(self, calls: Sequence[Call], choices: Sequence[Choice]) -> None:
         self._usage = Usage.begin(calls)
         self._readers = [ChatReader(self._reading) for _ in choices]
         self._begun = [False] * len(choices)

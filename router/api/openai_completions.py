@@ -6,7 +6,7 @@ generated for want of a way to generate none, and not shown.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, NamedTuple
 
@@ -191,13 +191,12 @@ class _StreamWriter:
         self._are_plain = ask.num_top is None and not (ask.echo or body.continuous_usage)
         """Whether that is all of them but the last."""
 
-    def begin(self, calls: Sequence[Call], choices: Sequence[Choice]) -> Iterable[Json]:
+    def begin(self, calls: Sequence[Call], choices: Sequence[Choice]) -> None:
         self._usage = Usage.begin(calls)
         self._texts = [ChoiceText() for _ in choices]
         self._writers = [_ChoiceWriter(self._services, self._ask, choice.call) for choice in choices]
         plain = {"text": PLACE, "logprobs": None, "finish_reason": None}
         self._frames = [FrameOfText(self._chunk(choice, plain)) for choice in choices]
-        return ()
 
     def write(self, choice: Choice, event: TokenEvent) -> Iterator[Json | bytes]:
         text = self._texts[choice.index].read(event)

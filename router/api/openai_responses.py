@@ -155,9 +155,8 @@ class _StreamWriter:
         self._shown: list[str] = []
         self._num_events = 0
 
-    def begin(self, calls: Sequence[Call], choices: Sequence[Choice]) -> Iterable[Json]:
+    def begin(self, calls: Sequence[Call], choices: Sequence[Choice]) -> None:
         self._usage = Usage.begin(calls)
-        return ()
 
     def write(self, choice: Choice, event: TokenEvent) -> Iterator[Json]:
         """What opens a stream waits for the first token, so that what fails before it has a status of its own."""

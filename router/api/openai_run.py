@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Final, Protocol
 
 from fastapi import Request, Response
 
 from router.api import render
 from router.api.admission import Call, Services, Wish, admitted_together, log_success, time_headers
-from router.api.sse import EventStream, Frames, frame, unless_gone
+from router.api.sse import EventStream, frame, unless_gone
 from router.config import VERSION
 from router.core.request import FinishReason
 from router.engine import Generation, TokenEvent
@@ -43,7 +44,7 @@ class Choice:
 class Writer(Protocol):
     """Turns the events of a call's choices into the payloads of a stream, or into whole frames at once."""
 
-    def begin(self, calls: Sequence[Call], choices: Sequence[Choice]) -> Iterable[Json]: ...
+    def begin(self, calls: Sequence[Call], choices: Sequence[Choice]) -> None: ...
 
     def write(self, choice: Choice, event: TokenEvent) -> Iterable[Json | bytes]: ...
 
@@ -93,10 +94,12 @@ class Envelope:
     created: int
 
     @classmethod
-    def new(cls, kind: str, prefix: str, services: Services) -> Envelope:
-        """With an id nobody else has; `created` is in Unix seconds."""
+    def new(cls, kind: str, prefix: str, services: Services, asked: str | None = None) -> Envelope:
+        """With an id nobody else has; `created` is in Unix seconds. The model that was `asked` for is named if it is an
+        adapter."""
         id_ = f"{prefix}-{secrets.token_hex(16)}"
-        return cls(kind, id_, services.config.model_name, time.time_ns() // 1_000_000_000)
+        name = asked if asked in services.validator.limits.adapters else None
+        return cls(kind, id_, name or services.config.model_name, time.time_ns() // 1_000_000_000)
 
     def to_json(self) -> Json:
         return {
@@ -145,28 +148,6 @@ def choices_of(calls: Sequence[Call]) -> list[Choice]:
     return [Choice(index, call, generation) for index, (call, generation) in enumerate(pairs)]
 
 
-def arriving(choices: Sequence[Choice]) -> Iterator[tuple[Choice, TokenEvent] | None]:
-    """Every event of every choice, as they come; None stands for as long as there is no new one. Raises the first
-    `RouterError`, behind what the other choices have by then."""
-    unfinished = [(choice, choice.generation.arriving()) for choice in choices]
-    while unfinished:
-        failure: RouterError | None = None
-        for choice, events in list(unfinished):
-            try:
-                for event in events:
-                    if event is None:
-                        break
-                    yield choice, event
-                else:
-                    unfinished.remove((choice, events))
-            except RouterError as error:
-                failure = failure or error
-        if failure is not None:
-            raise failure
-        if unfinished:
-            yield None
-
-
 async def collect(choice: Choice) -> list[TokenEvent]:
     """All events of a choice. Raises the `RouterError` it failed with."""
     events = await choice.generation.read_all()
@@ -189,48 +170,46 @@ async def _begin(services: Services, request: Request, wishes: Sequence[Wish], w
     async with AsyncExitStack() as held:
         calls = await held.enter_async_context(admit(services, request, wishes))
         choices = choices_of(calls)
-        generations = [choice.generation for choice in choices]
-        events = EventStream(_frames(calls, choices, writer), generations, compute_headers(services, wishes))
-        await events.begin()
-        events.hold(held.pop_all())
-        return events
+        writer.begin(calls, choices)
+        stream = EventStream(compute_headers(services, wishes))
+        telling = _Telling(stream, writer, num_choices=len(choices))
+        for choice in choices:
+            choice.generation.pass_on(partial(telling.write, choice), telling.fail)
+        await stream.begin()
+        stream.hold(held.pop_all())
+        return stream
 
 
-def _frames(calls: Sequence[Call], choices: Sequence[Choice], writer: Writer) -> Frames:
-    """One frame per payload. Raises a `RouterError` before the first one and turns it into a frame after it."""
-    begun = False
-    try:
-        for payload in _payloads(calls, choices, writer):
-            if payload is None:
-                yield None
-                continue
-            begun = True
-            yield payload if isinstance(payload, bytes) else _frame(payload)
-    except RouterError as error:
-        if not begun:
-            raise
-        yield _frame({"error": {"message": str(error), "http_status_code": error.status}})
-    yield DONE
+class _Telling:
+    """What the writer makes of the events of all choices, as they come, on its way to the stream."""
+
+    def __init__(self, stream: EventStream, writer: Writer, *, num_choices: int) -> None:
+        self._stream = stream
+        self._writer = writer
+        self._num_unfinished = num_choices
+
+    def write(self, choice: Choice, event: TokenEvent) -> None:
+        self._put(self._writer.write(choice, event))
+        if event.finish is not None:
+            log_success(choice.call, choice.generation, event.finish)
+            self._num_unfinished -= 1
+            if not self._num_unfinished:
+                self._put((*self._writer.end(), DONE))
+                self._stream.end()
+
+    def fail(self, error: RouterError) -> None:
+        told = {"error": {"message": str(error), "http_status_code": error.status}}
+        self._stream.fail(error, _frame(told), DONE)
+
+    def _put(self, payloads: Iterable[Json | bytes]) -> None:
+        for payload in payloads:
+            self._stream.put(payload if isinstance(payload, bytes) else _frame(payload))
 
 
 def _frame(payload: Json) -> bytes:
     """OpenAI names an event by its type, where it has one."""
     kind = payload.get("type")
     return (b"" if kind is None else f"event: {kind}\n".encode()) + frame(render.to_bytes(payload))
-
-
-def _payloads(calls: Sequence[Call], choices: Sequence[Choice], writer: Writer) -> Iterator[Json | bytes | None]:
-    """None stands for as long as there is no new one."""
-    yield from writer.begin(calls, choices)
-    for arrival in arriving(choices):
-        if arrival is None:
-            yield None
-            continue
-        choice, event = arrival
-        yield from writer.write(choice, event)
-        if event.finish is not None:
-            log_success(choice.call, choice.generation, event.finish)
-    yield from writer.end()
 
 
 def answer(services: Services, wishes: Sequence[Wish], choices: Sequence[Choice], usage: Usage, body: Json) -> Response:

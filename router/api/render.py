@@ -14,6 +14,7 @@ from typing import Final
 
 import orjson
 
+from router.api.sse import frame, one_line
 from router.core.request import Request
 from router.engine import Finish, Token, TokenEvent
 from router.errors import Loading, RouterError
@@ -32,7 +33,7 @@ TOKENS_PER_SLICE: Final = 1_000
 
 Json = dict[str, object]
 
-EVENT: Final = (
+PLAIN_FRAME: Final = frame(
     b'{"index":%d,"token":{"id":%d,"text":%b,"logprob":%b,"special":%b},"generated_text":null,"details":null}'
 )
 
@@ -105,19 +106,19 @@ def _top_tokens(result: Result) -> Json:
     return {"top_tokens": [[token(t) for t in tops] for tops in result.top_tokens]} if result.top_tokens else {}
 
 
-def stream_event(index: int, token_: Token) -> bytes:
-    """A StreamResponse that is not the last one and has no likeliest tokens. This runs for every token."""
-    text, logprob = to_bytes(token_.text), to_bytes(float32(token_.logprob))
-    special = b"true" if token_.special else b"false"
-    return EVENT % (index, token_.id, text, logprob, special)
+def plain_frame(index: int, token_: Token) -> bytes:
+    """The frame of a StreamResponse that is not the last one and has no likeliest tokens. This runs for every token."""
+    token_id, text, logprob, is_special = token_
+    written, special = one_line(orjson.dumps(text)), b"true" if is_special else b"false"
+    return PLAIN_FRAME % (index, token_id, written, orjson.dumps(float32(logprob)), special)
 
 
-def full_stream_event(event: TokenEvent, end: Json | None) -> Json:
+def full_stream_event(event: TokenEvent, end: Mapping[str, object] | None) -> Json:
     """Any StreamResponse; `end` is the last one's `stream_end`."""
     body: Json = {"index": event.index, "token": token(event.token)}
     if event.top_tokens:
         body["top_tokens"] = [token(t) for t in event.top_tokens]
-    return body | (end or {"generated_text": None, "details": None})
+    return body | dict(end or {"generated_text": None, "details": None})
 
 
 def stream_end(request: Request, finish: Finish, *, prefix: str, details: bool) -> Json:

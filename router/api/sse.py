@@ -7,9 +7,9 @@ client stumbles over.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections import deque
+from collections.abc import Coroutine
 from contextlib import AsyncExitStack, suppress
-from itertools import chain
 from typing import Any, Final, Protocol, TypeVar
 
 from starlette.responses import Response
@@ -30,16 +30,6 @@ ERROR: Final = b'data: {"error":'
 BODY_EXTENSION: Final = "shardstream.body"
 """The ASGI extension by which our server offers a `Body`, as its "body"."""
 
-Frames = Iterator[bytes | None]
-"""Events in their order; None stands for as long as there is no new one, until it is asked again."""
-
-
-class Source(Protocol):
-    """Where new frames come from."""
-
-    def subscribe(self, on_news: Callable[[], None]) -> None:
-        """Has `on_news`, which must not raise, called with everything new from now on, and what was before no more."""
-
 
 class Body(Protocol):
     """A streamed body that is written at once, by whoever has something to write.
@@ -47,15 +37,8 @@ class Body(Protocol):
     Through ASGI each piece is a message that six coroutines hand on, in a task that has to be woken for it.
     """
 
-    @property
-    def is_full(self) -> bool:
-        """Whether the client is too slow for what is written already."""
-
     def write(self, data: bytes) -> None:
-        """Goes nowhere when the client has left."""
-
-    async def drain(self) -> None:
-        """Waits until it is not full any more."""
+        """Goes nowhere when the client has left. What it is too slow for is kept."""
 
 
 class ClientGone(Exception):
@@ -63,11 +46,16 @@ class ClientGone(Exception):
 
 
 def frame(payload: bytes) -> bytes:
-    """One event. `payload` is JSON, where these characters can only stand inside strings and may as well be escaped."""
-    if not payload.isascii():
+    """One event."""
+    return b"data: %b\n\n" % one_line(payload)
+
+
+def one_line(json: bytes) -> bytes:
+    """The same JSON without line ends of any kind: they can only stand inside strings, and may as well be escaped."""
+    if not json.isascii():
         for char, escape in LINE_ENDS_OF_PYTHON:
-            payload = payload.replace(char, escape)
-    return b"data: %b\n\n" % payload
+            json = json.replace(char, escape)
+    return json
 
 
 def is_error(frame: bytes) -> bool:
@@ -98,22 +86,54 @@ async def _disconnect(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Writes frames until they end or the client goes; lets go of what it holds either way."""
+    """Writes frames as they are put, until they end or the client goes; lets go of what it holds either way.
 
-    def __init__(self, frames: Frames, sources: Iterable[Source], headers: dict[str, str]) -> None:
+    A client that reads slowly keeps nobody waiting: what it has not read is kept, and an answer has an end.
+    """
+
+    def __init__(self, headers: dict[str, str]) -> None:
         super().__init__(headers=STREAM_HEADERS | headers)
         del self.headers["content-length"]
-        self._frames = frames
-        self._sources = sources
+        self._body: Body | None = None
+        """Where frames go, as soon as there is one."""
+        self._frames: deque[bytes] = deque()
+        """Those that came before."""
+        self._has_begun = False
+        """Whether there is something to say other than an error."""
+        self._is_over = False
+        self._error: Exception | None = None
+        self._changed = asyncio.Event()
         self._held = AsyncExitStack()
 
+    def put(self, data: bytes) -> None:
+        """The next frame. Behind the end there is none: other choices may go on for a while when one has failed."""
+        if self._is_over:
+            return
+        if self._body is not None:
+            self._body.write(data)
+        else:
+            self._frames.append(data)
+            self._has_begun = True
+            self._changed.set()
+
+    def end(self) -> None:
+        self._is_over = True
+        self._changed.set()
+
+    def fail(self, error: Exception, *frames: bytes) -> None:
+        """The frames tell it to a client who has had others; else `begin` raises the error."""
+        if self._has_begun:
+            for data in frames:
+                self.put(data)
+        elif self._error is None:
+            self._error = error
+        self.end()
+
     async def begin(self) -> None:
-        """Waits for the first frame. Raises what the frames raise instead, which so has a status of its own."""
-        news = self._news()
-        while (first := next(self._frames)) is None:
-            news.clear()
-            await news.wait()
-        self._frames = chain((first,), self._frames)
+        """Waits for the first frame. Raises what there was instead, which so has a status of its own."""
+        await self._have_news()
+        if self._error is not None:
+            raise self._error
 
     def hold(self, held: AsyncExitStack) -> None:
         """Keeps what the frames are made of until they are written."""
@@ -121,65 +141,23 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self._held:
-            try:
-                with suppress(ClientGone):
-                    await unless_gone(receive, self._write(scope, send))
-            finally:
-                self._subscribe(_ignore)  # its sources and what they call would else keep each other alive
+            with suppress(ClientGone):
+                await unless_gone(receive, self._write(scope, send))
 
     async def _write(self, scope: Scope, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        body: Body | None = scope.get("extensions", {}).get(BODY_EXTENSION, {}).get("body")
-        if body is None:
-            await self._send_frames(send)
-        else:
-            while not await self._pour(body):
-                await body.drain()
+        self._body = scope.get("extensions", {}).get(BODY_EXTENSION, {}).get("body")
+        while await self._have_news():
+            data = self._frames.popleft()
+            if self._body is not None:
+                self._body.write(data)
+            else:
+                await send({"type": "http.response.body", "body": data, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _send_frames(self, send: Send) -> None:
-        news = self._news()
-        for data in self._frames:
-            if data is not None:
-                await send({"type": "http.response.body", "body": data, "more_body": True})
-            else:
-                news.clear()
-                await news.wait()
-
-    async def _pour(self, body: Body) -> bool:
-        """Has every frame written by whoever brings the news, in the same call, until they have ended (True) or the
-        body is full (False)."""
-        outcome: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-
-        def pour() -> None:
-            if outcome.done():
-                return
-            try:
-                for data in self._frames:
-                    if data is None:
-                        return
-                    body.write(data)
-                    if body.is_full:
-                        outcome.set_result(False)
-                        return
-                outcome.set_result(True)
-            except Exception as error:
-                outcome.set_exception(error)
-
-        self._subscribe(pour)
-        pour()
-        return await outcome
-
-    def _news(self) -> asyncio.Event:
-        """Set with every piece of news."""
-        news = asyncio.Event()
-        self._subscribe(news.set)
-        return news
-
-    def _subscribe(self, on_news: Callable[[], None]) -> None:
-        for source in self._sources:
-            source.subscribe(on_news)
-
-
-def _ignore() -> None:
-    """Nobody waits for news any more."""
+    async def _have_news(self) -> bool:
+        """Waits for a frame that nobody has written. False: they have ended."""
+        while not (self._frames or self._is_over):
+            self._changed.clear()
+            await self._changed.wait()
+        return bool(self._frames)

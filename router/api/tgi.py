@@ -29,8 +29,8 @@ from router.api.schemas import (
     SimpleToken,
     TokenizePromptRequest,
 )
-from router.api.sse import EventStream, Frames, frame, unless_gone
-from router.engine import TokenEvent
+from router.api.sse import EventStream, frame, unless_gone
+from router.engine import Finish, TokenEvent
 from router.errors import RouterError
 from router.validate import Parameters, is_repeatable
 
@@ -168,38 +168,41 @@ async def _begin(services: Services, ask: _Ask) -> EventStream:
         call = await held.enter_async_context(
             admitted(services, ask.request_id, ask.inputs, ask.parameters, stream=True)
         )
-        stream = EventStream(_frames(call, ask), call.generations, _compute_headers(services, ask))
+        stream = EventStream(_compute_headers(services, ask))
+        writer = _StreamWriter(stream, call, ask)
+        call.generations[0].pass_on(writer.write, writer.fail)
         await stream.begin()
         stream.hold(held.pop_all())
         return stream
 
 
-def _frames(call: Call, ask: _Ask) -> Frames:
-    """One frame per token. Raises a `RouterError` before the first one and turns it into a frame after it."""
-    generation, begun = call.generations[0], False
-    try:
-        for event in generation.arriving():
-            if event is None:
-                yield None
-                continue
-            begun = True
-            if event.finish is None and not event.top_tokens:
-                yield frame(render.stream_event(event.index, event.token))
-            else:
-                yield frame(_full_event(call, ask, event))
-    except RouterError as error:
-        if not begun:
-            raise
-        yield frame(render.to_bytes(render.error(error)))
+class _StreamWriter:
+    """One frame per token."""
 
+    __slots__ = ("_ask", "_call", "_stream")
 
-def _full_event(call: Call, ask: _Ask, event: TokenEvent) -> bytes:
-    end = None
-    if event.finish is not None:
-        generation, details = call.generations[0], ask.parameters.details
-        log_success(call, generation, event.finish)
-        end = render.stream_end(generation.request, event.finish, prefix=ask.prefix, details=details)
-    return render.to_bytes(render.full_stream_event(event, end))
+    def __init__(self, stream: EventStream, call: Call, ask: _Ask) -> None:
+        self._stream = stream
+        self._call = call
+        self._ask = ask
+
+    def write(self, event: TokenEvent) -> None:
+        index, token, top_tokens, finish, _, _ = event
+        if finish is None and not top_tokens:  # as nearly always
+            self._stream.put(render.plain_frame(index, token))
+            return
+        end = None if finish is None else self._end(finish)
+        self._stream.put(frame(render.to_bytes(render.full_stream_event(event, end))))
+        if finish is not None:
+            self._stream.end()
+
+    def fail(self, error: RouterError) -> None:
+        self._stream.fail(error, frame(render.to_bytes(render.error(error))))
+
+    def _end(self, finish: Finish) -> Mapping[str, object]:
+        generation, details = self._call.generations[0], self._ask.parameters.details
+        log_success(self._call, generation, finish)
+        return render.stream_end(generation.request, finish, prefix=self._ask.prefix, details=details)
 
 
 def _compute_headers(services: Services, ask: _Ask) -> dict[str, str]:
