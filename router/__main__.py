@@ -16,7 +16,8 @@ import secrets
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Coroutine, Iterator
+import time
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Final, TypeVar
@@ -25,6 +26,7 @@ import uvicorn
 import uvloop
 from fastapi import FastAPI
 
+from router.adapters import parse_adapters
 from router.api.app import create_app
 from router.api.connection import Connection
 from router.config import BUNDLED_MODEL_ID, Config, load_config
@@ -124,13 +126,16 @@ class _Signals:
 async def _start_and_serve(config: Config, listener: socket.socket, signals: _Signals) -> None:
     """Each part is undone in the reverse order: HTTP, engine, client, shards."""
     directory = await _find_model(config)
+    adapters = await _find_adapters(config)
     tokenizer = Tokenizer.load(directory, workers=config.validation_workers)
     template = ChatTemplate.load(directory, workers=config.validation_workers)
+    begun_at = time.monotonic()
     async with (
-        _group(config, directory) as (addresses, supervisor),
+        _group(config, directory, adapters) as (addresses, supervisor),
         _connected(config, addresses) as client,
     ):
-        engine, server = _assemble(config, client, tokenizer, template, supervisor)
+        loaded_s = time.monotonic() - begun_at
+        engine, server = _assemble(config, client, tokenizer, template, supervisor, loaded_s)
         async with (
             _background(engine.run()) as loop,
             _background(server.serve(sockets=[listener])) as http,
@@ -173,8 +178,16 @@ async def _find_model(config: Config) -> Path:
     return await find_checkpoint(config.model_id, config.revision)
 
 
+async def _find_adapters(config: Config) -> dict[str, Path]:
+    """The folder of each that is loaded here, by name."""
+    sources = [] if config.shard_addresses else parse_adapters(config.lora_adapters)
+    return {name: await find_checkpoint(place, revision, is_adapter=True) for name, place, revision in sources}
+
+
 @asynccontextmanager
-async def _group(config: Config, directory: Path) -> AsyncIterator[tuple[list[str], Supervisor]]:
+async def _group(
+    config: Config, directory: Path, adapters: Mapping[str, Path]
+) -> AsyncIterator[tuple[list[str], Supervisor]]:
     """Where the shards are and who keeps them alive; local ones are started and, at the end, stopped."""
     if config.shard_addresses:
         yield list(config.shard_addresses), Elsewhere()
@@ -185,6 +198,7 @@ async def _group(config: Config, directory: Path) -> AsyncIterator[tuple[list[st
         *("--kv-cache-bytes", str(config.kv_cache_bytes)),
         *("--cuda-memory-fraction", str(config.cuda_memory_fraction)),
         *("--step-timeout-s", str(config.step_timeout)),
+        *("--lora-adapters", ",".join(f"{name}={folder}" for name, folder in adapters.items())),
         *(("--json-output",) if config.json_output else ()),
     )
     run_directory = Path(config.shard_uds_path) if config.shard_uds_path else None
@@ -214,11 +228,20 @@ async def _connected(config: Config, addresses: list[str]) -> AsyncIterator[Grou
 
 
 def _assemble(
-    config: Config, client: GroupClient, tokenizer: Tokenizer, template: ChatTemplate, supervisor: Supervisor
+    config: Config,
+    client: GroupClient,
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    supervisor: Supervisor,
+    loaded_s: float,
 ) -> tuple[Engine, HttpServer]:
-    """Raises `StartupError` for limits that the group cannot hold."""
+    """Raises `StartupError` for limits that the group cannot hold, or adapters that it does not have."""
     info = client.info
-    capacity = Capacity(info.vocab_size, info.eos_token_ids, info.capacity_tokens, info.max_positions or None)
+    wanted = tuple(adapter.name for adapter in parse_adapters(config.lora_adapters))
+    if wanted not in ((), info.adapters):
+        raise StartupError(f"the shards have the LoRA adapters {list(info.adapters)}, not {list(wanted)}")
+    max_positions = info.max_positions or None
+    capacity = Capacity(info.vocab_size, info.eos_token_ids, info.capacity_tokens, max_positions, info.adapters)
     limits = Limits.derive(config, capacity, tokenizer)
     metrics = Metrics(max_input_tokens=limits.max_input_tokens, max_total_tokens=limits.max_total_tokens)
     settings = EngineSettings(
@@ -228,6 +251,7 @@ def _assemble(
         load_timeout_s=LOAD_TIMEOUT_S,
         prefix_caching=config.prefix_caching,
         max_drafts=config.speculate,
+        loaded_s=loaded_s,
     )
     seed = secrets.token_bytes(16)
     engine = Engine(client, tokenizer, metrics, settings, prefix_seed=seed, supervisor=supervisor)

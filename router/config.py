@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, Final, NamedTuple, NoReturn, TypeVar, cast
 
+from router.adapters import parse_adapters
+
 VERSION: Final = "0.1.0"
 ENV_PREFIX: Final = "SHARDSTREAM_"
 BUNDLED_MODEL_ID: Final = "smollm2-135m-instruct"
@@ -76,6 +78,12 @@ class Config:
         "Model",
         env="QUANTIZE",
         choices=QUANTIZE,
+    )
+    lora_adapters: tuple[str, ...] = _option(
+        (),
+        "LoRA adapters to load, with commas or repeated: id, id@revision, name=folder or name=id@revision",
+        "Model",
+        env="LORA_ADAPTERS",
     )
     huggingface_hub_cache: str | None = _option(
         None, "where hub downloads are kept", "Model", env="HUGGINGFACE_HUB_CACHE"
@@ -291,12 +299,11 @@ IGNORED: Final = (
     Ignored("--ngrok-authtoken", _TUNNEL),
     Ignored("--ngrok-edge", _TUNNEL),
     Ignored("--tokenizer-config-path", "the model's own tokenizer_config.json is used"),
-    Ignored("--lora-adapters", "adapters are not supported"),
     Ignored("--usage-stats", "usage is never reported to anybody"),
     Ignored("--enable-prefill-logprobs", "prompt log-probabilities are always available", takes_value=False),
     Ignored("--env", "the start-up log says what matters", takes_value=False, short=("-e",), has_env=False),
 )
-LISTS: Final = ("shard_addresses", "cors_allow_origin")
+LISTS: Final = ("lora_adapters", "shard_addresses", "cors_allow_origin")
 
 
 class Loaded(NamedTuple):
@@ -503,6 +510,8 @@ def _check_together(config: Config) -> None:
         raise ValueError(f"`max_input_tokens` must be < `max_total_tokens`. Given: {max_input} and {max_total}")
     if max_total and max_batch and max_total > max_batch:
         raise ValueError(f"`max_total_tokens` must be <= `max_batch_total_tokens`. Given: {max_total} and {max_batch}")
+    if config.model_name in (adapter.name for adapter in parse_adapters(config.lora_adapters)):
+        raise ValueError(f"a LoRA adapter and the model are both called {config.model_name}")
     for path in (config.aip_predict_route, config.aip_health_route):
         if path is not None and (not path.startswith("/") or "{" in path):
             raise ValueError(f"{path!r} is not the path of a route")

@@ -69,11 +69,13 @@ def ready_message(config: Config, info: GroupInfo, port: int) -> str:
     host = "localhost" if config.hostname in ("0.0.0.0", "::") else config.hostname
     url = f"{host}:{port}"
     ranks = "1 rank" if info.world_size == 1 else f"{info.world_size} ranks"
+    adapters = f"  adapters     {', '.join(info.adapters)}\n" if info.adapters else ""
     key = " -H 'authorization: Bearer <your key>'" if config.api_key else ""
     body = '{"inputs":"The capital of France is","parameters":{"max_new_tokens":20}}'
     return (
         f"Ready at http://{url}\n"
         f"  model        {config.model_name}, {info.dtype} on {info.device}, {ranks}\n"
+        f"{adapters}"
         f"  KV capacity  {info.capacity_tokens:,} tokens in blocks of {info.block_size}\n"
         f"  try          curl -N {url}/generate_stream -H 'content-type: application/json'{key} -d '{body}'\n"
     )

@@ -59,14 +59,17 @@ class _Process:
     cause: str | None = None
 
 
-async def find_checkpoint(model_id: str, revision: str | None) -> Path:
-    """The model's directory, fetched or converted if need be, by the shard's own resolver in a process of its own.
+async def find_checkpoint(model_id: str, revision: str | None, *, is_adapter: bool = False) -> Path:
+    """The model's or adapter's directory, fetched or converted if need be, by the shard's own resolver in a process of
+    its own.
 
     Raises `StartupError` with the resolver's one line. Its progress bars go to our stderr.
     """
     command = [sys.executable, "-m", "shard.checkpoint", model_id, "--parent-pid", str(os.getpid()), "--report"]
     if revision:
         command += ["--revision", revision]
+    if is_adapter:
+        command.append("--adapter")
     process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
     try:
         out, _ = await process.communicate()

@@ -95,6 +95,8 @@ class Capacity:
     """Tokens all sequences may hold together."""
     max_positions: int | None = None
     """Longest sequence the model was made for."""
+    adapters: tuple[str, ...] = ()
+    """Their names, in the group's order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +114,7 @@ class Limits:
     watermark_gamma: float
     watermark_delta: float
     allows_grammars: bool = True
+    adapters: tuple[str, ...] = ()
 
     @classmethod
     def derive(cls, config: Config, capacity: Capacity, tokenizer: Tokenizer) -> Limits:
@@ -129,6 +132,7 @@ class Limits:
             watermark_gamma=config.watermark_gamma,
             watermark_delta=config.watermark_delta,
             allows_grammars=not config.disable_grammar_support,
+            adapters=capacity.adapters,
         )
 
 
@@ -207,7 +211,6 @@ class Validator:
         prompt = prompt[-(parameters.truncate or len(prompt)) :]
         max_new_tokens = self._max_new_tokens(len(prompt), parameters)
         grammar = "" if parameters.grammar is None else await self._compile(parameters.grammar)
-        _require(not parameters.adapter_id, "`adapter_id` is not supported: no adapters are loaded")
         request = Request(
             request_id=request_id,
             prompt=tuple(prompt),
@@ -219,6 +222,7 @@ class Validator:
             prompt_logprobs=parameters.decoder_input_details or manner.scores_prompt,
             grammar=grammar,
             beams=_beam_settings(parameters),
+            adapter=self._adapter(parameters.adapter_id),
         )
         return Demand(_with_seeds(request, parameters, manner), len(prompt))
 
@@ -230,6 +234,11 @@ class Validator:
             raise ValidationError(f"grammar is not valid: {error}") from error
         except UnsupportedGrammar as error:
             raise ValidationError("grammar is not supported") from error
+
+    def _adapter(self, name: str | None) -> int:
+        """Its number among the group's. As in TGI a name that none has is no mistake: it means the model itself."""
+        names = self.limits.adapters
+        return 1 + names.index(name) if name in names else 0
 
     def _check_token_ids(self, prompt: Sequence[int]) -> None:
         """A tokenizer may know more tokens than the model has embeddings for; fed one, a shard would fail."""

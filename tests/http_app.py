@@ -99,9 +99,11 @@ def build(
     *,
     template_source: str = CHAT_TEMPLATE,
     model_sha: str | None = MODEL_SHA,
+    adapters: tuple[str, ...] = (),
 ) -> FastAPI:
     tokenizer = tokenizer_of(byte_level())
-    capacity = Capacity(vocab_size=tokenizer.vocab_size, eos_token_ids=(2,), kv_tokens=8192, max_positions=4096)
+    vocab_size = tokenizer.vocab_size
+    capacity = Capacity(vocab_size, eos_token_ids=(2,), kv_tokens=8192, max_positions=4096, adapters=adapters)
     limits = Limits.derive(config, capacity, tokenizer)
     metrics = Metrics(max_input_tokens=limits.max_input_tokens, max_total_tokens=limits.max_total_tokens)
     template = ChatTemplate({"default": template_source}, {})
@@ -118,11 +120,12 @@ class Client:
         *,
         template_source: str = CHAT_TEMPLATE,
         model_sha: str | None = MODEL_SHA,
+        adapters: tuple[str, ...] = (),
         **settings: object,
     ) -> None:
         self.engine = engine or FakeEngine()
         config = replace(CONFIG, **settings)  # type: ignore[arg-type]
-        self.app = build(self.engine, config, template_source=template_source, model_sha=model_sha)
+        self.app = build(self.engine, config, template_source=template_source, model_sha=model_sha, adapters=adapters)
 
     def call(self, method: str, path: str, **kwargs: object) -> httpx.Response:
         async def call() -> httpx.Response:

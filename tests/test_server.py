@@ -232,6 +232,14 @@ def test_a_taken_port_is_named_before_anything_is_loaded(smollm2: Path) -> None:
         assert "loaded" not in done.stderr
 
 
+def test_adapters_that_shards_elsewhere_do_not_have_are_named(smollm2: Path, sockets: Path) -> None:
+    address = sockets / "ghost"
+    flags = ("--model-id", str(smollm2), "--shard-addresses", f"unix:{address}", "--lora-adapters", "poet")
+
+    with ghost_at(address, vocab_size=49_152):
+        assert_one_line_cause(run_to_its_end(*flags), "the shards have the LoRA adapters [], not ['poet']")
+
+
 def test_a_missing_rank_is_named(smollm2: Path, sockets: Path) -> None:
     address = f"unix:{sockets}/nobody"
     done = run_to_its_end("--model-id", str(smollm2), "--shard-addresses", address)

@@ -127,7 +127,6 @@ RULES: list[tuple[str, Json, str]] = [
         {"grammar": {"type": "json", "value": {"properties": {"x": {"uniqueItems": True}}}}},
         "grammar is not valid: the keyword `uniqueItems` at #/properties/x cannot be enforced: it is not supported",
     ),
-    ("a", {"adapter_id": "x"}, "`adapter_id` is not supported: no adapters are loaded"),
     ("a", {"bad_words": [[1] * 9_000, [2] * 1_001]}, "`bad_words` supports up to 10000 tokens. Given: 10001"),
 ]
 # In the order in which they are checked, behind `best_of`'s above.

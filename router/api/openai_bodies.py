@@ -220,7 +220,7 @@ class StreamOptions(Body):
 class SamplingBody(Body):
     """What completions and chat have in common."""
 
-    model: Text = Field(None, description="Answered by the served model, whatever it says.", examples=["tgi"])
+    model: Text = Field(None, description="LoRA adapter to use; any other name means the model.", examples=["tgi"])
     do_sample: Bool = Field(None, description="False takes the likeliest token, as temperature 0 does.")
     frequency_penalty: F32 = Field(None, description="Subtracted from a token's logit for every time it was generated.")
     ignore_eos: Bool = Field(None, description="Go on behind the end token.")
@@ -263,6 +263,7 @@ class SamplingBody(Body):
         """In the validator's words. `config` counts where the body itself says nothing."""
         top_k = _first(self.top_k, config.top_k)
         return Parameters(
+            adapter_id=self.model,
             do_sample=True,
             frequency_penalty=self.frequency_penalty,
             grammar=self.response_format,
@@ -383,7 +384,7 @@ class ResponseRequest(Body):
     input: Annotated[list[Json], BeforeValidator(_input), _schema(type="string")] = Field(
         description="A text, or messages.", examples=["What is the capital of France?"]
     )
-    model: Text = Field(None, description="Answered by the served model, whatever it says.")
+    model: Text = Field(None, description="LoRA adapter to use; any other name means the model.")
     instructions: Text = Field(None, description="The system message.")
     max_output_tokens: U32 = Field(None, description="Most tokens to generate; default: all that fit.")
     metadata: Object = Field(None, description="Returned as it is.")

@@ -112,9 +112,9 @@ class ChatReader:
 async def chat(services: Services, request: Request, body: ChatRequest) -> Response:
     wish, reading = await understand_chat(services, body)
     if body.stream:
-        envelope = Envelope.new("chat.completion.chunk", "chatcmpl", services)
+        envelope = Envelope.new("chat.completion.chunk", "chatcmpl", services, body.model)
         return await stream(services, request, [wish], _StreamWriter(services, body, reading, envelope))
-    envelope = Envelope.new("chat.completion", "chatcmpl", services)
+    envelope = Envelope.new("chat.completion", "chatcmpl", services, body.model)
     return await unless_gone(request.receive, _answer(services, request, body, wish, reading, envelope))
 
 

@@ -55,7 +55,9 @@ async def responses(services: Services, request: Request, parsed: Parsed) -> Res
     _check_supported(parsed.value)
     system = [{"role": "system", "content": body.instructions}] if body.instructions else []
     sampling = {"max_tokens": body.max_output_tokens, "temperature": body.temperature, "top_p": body.top_p}
-    chat = ChatRequest.model_validate({"messages": [*system, *body.input], "response_format": body.format, **sampling})
+    asked = {"model": body.model, "messages": [*system, *body.input], "response_format": body.format}
+    effort = {"reasoning_effort": body.reasoning.effort if body.reasoning else None}
+    chat = ChatRequest.model_validate(asked | sampling | effort)
     wish, _ = await understand_chat(services, chat)
     reply = Reply.new(services, body)
     if body.stream:
@@ -83,7 +85,7 @@ class Reply:
 
     @classmethod
     def new(cls, services: Services, body: ResponseRequest) -> Reply:
-        return cls(Envelope.new("response", "resp", services), f"msg_{secrets.token_hex(16)}", body)
+        return cls(Envelope.new("response", "resp", services, body.model), f"msg_{secrets.token_hex(16)}", body)
 
     def to_json(self, status: str, output: Sequence[Json], usage: Usage | None) -> Json:
         """A Response object. `status` is in_progress, completed or incomplete."""

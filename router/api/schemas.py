@@ -180,7 +180,7 @@ class GrammarBody(Body):
 class GenerateParameters(Body):
     """How to generate. Leaving a field out is the same as null."""
 
-    adapter_id: Text = Field(None, description="Adapter to use. None are loaded.")
+    adapter_id: Text = Field(None, description="LoRA adapter to use; any name that is none means the model itself.")
     bad_words: Annotated[list[Annotated[str | int | list[int], BeforeValidator(_bad_word)]] | None, IsList] = Field(
         None, description="Words that must not be generated: texts, token ids, or runs of token ids."
     )
