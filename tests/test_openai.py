@@ -104,7 +104,7 @@ def test_chat_answers_in_the_order_of_the_contract() -> None:
     )
 
 
-def test_chat_streams_a_role_once_then_content_then_a_reason() -> None:
+def test_chat_streams_a_role_once_and_every_chunk_has_a_content() -> None:
     answer = Client().post(CHAT, {"messages": HELLO, "stream": True})
 
     start = (
@@ -113,7 +113,7 @@ def test_chat_streams_a_role_once_then_content_then_a_reason() -> None:
     )
     assert masked(answer.text) == (
         start + '{"role":"assistant","content":" Paris"},"logprobs":null,"finish_reason":null}],"usage":null}\n\n'
-        + start + '{},"logprobs":null,"finish_reason":"stop"}],"usage":null}\n\ndata: [DONE]\n\n'
+        + start + '{"content":""},"logprobs":null,"finish_reason":"stop"}],"usage":null}\n\ndata: [DONE]\n\n'
     )  # fmt: skip
 
 
@@ -428,12 +428,33 @@ def test_a_call_is_streamed_with_its_id_and_name_once() -> None:
     given = stream(client, tools=[WEATHER])
 
     calls = [call for chunk in given for call in chunk["choices"][0]["delta"].get("tool_calls", [])]
-    assert [call["index"] for call in calls] == [0, 0, 1, 1]
-    assert [sorted(call) for call in calls] == [["function", "id", "index", "type"], ["function", "index"]] * 2
-    assert [sorted(call["function"]) for call in calls] == [["arguments", "name"], ["arguments"]] * 2
+    assert [call["index"] for call in calls] == [0, 0, 1, 1, 1]
+    first, more = ["function", "id", "index", "type"], ["function", "index"]
+    assert [sorted(call) for call in calls] == [first, more, first, more, more]
+    assert [call["function"].get("name") for call in calls] == ["weather", None, "weather", None, None]
     assert "".join(call["function"]["arguments"] for call in calls) == '{"city": "Bern"}' * 2
     assert calls[0]["id"] != calls[2]["id"]
     assert [chunk["choices"][0]["finish_reason"] for chunk in given[-2:]] == [None, "tool_calls"]
+
+
+def test_a_stream_that_must_call_has_a_call_and_no_content_in_every_chunk() -> None:
+    given = deltas(
+        Client(saying(*CALL[1:], "</s>", special=["</s>"]), **TOOLING), tools=[WEATHER], tool_choice="required"
+    )
+
+    assert ["role" in delta for delta in given] == [True, *[False] * (len(given) - 1)]
+    assert all("content" not in delta for delta in given)
+    arguments = [call["function"]["arguments"] for delta in given for call in delta["tool_calls"]]
+    assert len(arguments) == len(given)
+    assert ("".join(arguments), arguments[-1]) == ('{"city": "Bern"}', "")
+
+
+def test_every_chunk_has_a_content_though_text_is_held_back() -> None:
+    client = Client(saying("a", "ST", "ART", "z"))
+
+    given = deltas(client, stop=["STOP"], logprobs=True)
+
+    assert ["content" in delta for delta in given] == [True] * 4
 
 
 def test_a_call_alone_has_no_content() -> None:
@@ -586,7 +607,7 @@ def test_a_call_that_must_be_is_enforced_and_answered_as_any_call(choice: object
     assert answer["message"]["content"] is None
     assert [call["function"]["name"] for call in answer["message"]["tool_calls"]] == ["weather"]
     calls = [call for chunk in given for call in chunk["choices"][0]["delta"].get("tool_calls", [])]
-    assert [call["function"].get("name") for call in calls] == ["weather", None]
+    assert [call["function"].get("name") for call in calls] == ["weather", None, None]
     assert given[-1]["choices"][0]["finish_reason"] == "tool_calls"
     assert [("weather" in request.grammar, "%json" in request.grammar) for request in client.engine.requests] == [
         (True, True)
@@ -621,9 +642,30 @@ def test_only_the_named_function_may_be_called() -> None:
     assert "{0,31}" not in grammar, "there is one call of a named function"
 
 
-def test_several_calls_are_allowed_unless_the_client_says_otherwise() -> None:
-    assert "{0,31}" in grammar_of(CHAT, tools=[WEATHER], tool_choice="required")
-    assert "{0,31}" not in grammar_of(CHAT, tools=[WEATHER], tool_choice="required", parallel_tool_calls=False)
+@pytest.mark.parametrize(("asked", "several"), [({}, False), ({"parallel_tool_calls": None}, False),
+    ({"parallel_tool_calls": False}, False), ({"parallel_tool_calls": True}, True)])  # fmt: skip
+def test_where_there_must_be_a_call_there_are_several_only_on_demand(asked: Json, several: bool) -> None:
+    client = Client(saying(*CALL[1:], *CALL[1:]), **TOOLING)
+
+    message = chat(client, tools=[WEATHER], tool_choice="required", **asked)["choices"][0]["message"]
+
+    assert ("{0,31}" in client.engine.requests[0].grammar) is several
+    assert len(message["tool_calls"]) == 1 + several
+
+
+def test_any_is_a_call_of_whichever_function_unless_one_has_that_name() -> None:
+    tools = [WEATHER, {"type": "function", "function": {"name": "now"}}]
+    choice = {"type": "function", "function": {"name": "any"}}
+
+    required, any_, named = (
+        grammar_of(CHAT, tools=tools, tool_choice="required"),
+        grammar_of(CHAT, tools=tools, tool_choice=choice),
+        grammar_of(CHAT, tools=[*tools, choice], tool_choice=choice),
+    )
+
+    assert any_ == required
+    assert "weather" not in named
+    assert refusal(CHAT, tool_choice=choice) == (422, "Tool error: `tool_choice` is required, but there are no tools")
 
 
 @pytest.mark.parametrize("fields", [{"tool_choice": "auto"}, {"tool_choice": "none"}, {"tool_choice": None}])
@@ -1003,8 +1045,29 @@ def test_a_responses_text_may_have_a_format() -> None:
 
 def test_a_response_accepts_what_asks_for_nothing_more() -> None:
     harmless = {"tools": [], "background": False, "text": {"format": {"type": "text"}}, "previous_response_id": None}
+    harmless |= {"include": ["reasoning.encrypted_content"], "reasoning": {"summary": "auto"}}
 
     assert Client().post("/v1/responses", {"input": "Hi", **harmless}).status_code == 200
+
+
+def test_a_response_refuses_to_include_logprobs() -> None:
+    answer = Client().post("/v1/responses", {"input": "Hi", "include": ["message.output_text.logprobs"]})
+
+    assert answer.status_code == 422
+    assert "message.output_text.logprobs" in answer.json()["error"]
+
+
+def test_a_responses_effort_is_for_the_template_and_its_thoughts_are_forgotten() -> None:
+    client = Client(
+        template_source="{{ reasoning_effort }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    )
+    thought = {"type": "reasoning", "id": "rs_1", "summary": []}
+
+    client.post("/v1/responses", {"input": [*HELLO, thought], "reasoning": {"effort": "low"}})
+
+    [request] = client.engine.requests
+    assert request.prompt == tuple(TOKENIZER.encode("low<user>Hi", add_special_tokens=False))
+    assert Client().post("/v1/responses", {"input": "Hi", "reasoning": {"effort": 1}}).status_code == 422
 
 
 # Blocks

@@ -165,7 +165,9 @@ def _documents(value: object) -> list[Json] | None:
 
 
 def _input(value: object) -> list[Json]:
-    """A text is what the user says."""
+    """A text is what the user says. What was thought before is not part of a conversation."""
+    if isinstance(value, list):
+        value = [item for item in value if not (isinstance(item, dict) and item.get("type") == "reasoning")]
     return _messages([{"role": "user", "content": value}] if isinstance(value, str) else value)
 
 
@@ -378,6 +380,12 @@ class TextOptions(Body):
     verbosity: Text = Field(None, description="Only medium.")
 
 
+class ReasoningOptions(Body):
+    """What `reasoning` of /v1/responses may say."""
+
+    effort: Text = Field(None, description="For templates that know it.")
+
+
 class ResponseRequest(Body):
     """Body of /v1/responses, for text."""
 
@@ -388,6 +396,7 @@ class ResponseRequest(Body):
     instructions: Text = Field(None, description="The system message.")
     max_output_tokens: U32 = Field(None, description="Most tokens to generate; default: all that fit.")
     metadata: Object = Field(None, description="Returned as it is.")
+    reasoning: ReasoningOptions | None = Field(None, description="How much is thought.")
     stream: Bool = Field(None, description="Answer with server-sent events.")
     temperature: F32 = Field(None, description="Divides the logits; 0 takes the likeliest token.")
     text: TextOptions | None = Field(None, description="What the text must look like.")

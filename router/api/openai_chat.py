@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -46,6 +46,8 @@ from router.text.shape import Calls, shape_answer
 from router.text.tools import CallDelta, ToolFormat, ToolParser, describe_call, describe_tools, find_format
 
 AUTO: Final = "auto"
+ANY: Final = "any"
+"""LangChain's word for a required call, which its client for Hugging Face sends as if a function had that name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,9 @@ class ChatReader:
                 reading.tool_format, reading.tool_names, max_calls=reading.max_calls, only_calls=reading.only_calls
             )
         self._text = ChoiceText(markers)
+        self.silence = ChatDelta()
+        """For chunks without news: nothing more of the call that is being told, if one is. Clients add up contents or
+        arguments without looking whether there are any."""
 
     @property
     def has_calls(self) -> bool:
@@ -106,6 +111,8 @@ class ChatReader:
             parts = [self._parser.feed(delta.content), *([self._parser.close()] if is_last else [])]
             delta.content = "".join(part.content for part in parts)
             delta.calls = [call for part in parts for call in part.calls]
+            if delta.calls:
+                self.silence = ChatDelta(calls=[CallDelta(delta.calls[-1].index, "")])
         return delta
 
 
@@ -197,7 +204,7 @@ async def understand_chat(services: Services, body: ChatRequest) -> tuple[Wish, 
         splits_reasoning=services.config.reasoning_parser != "none",
         tool_format=_tool_format(services) if functions else None,
         tool_names=frozenset(functions),
-        max_calls=None if _allows_several(body) else 1,
+        max_calls=None if _allows_several(body, functions) else 1,
         only_calls=body.tool_choice.mode == "required",
     )
     parameters = replace(parameters, grammar=_shape(services, body, reading, functions))
@@ -211,18 +218,23 @@ def _callable_functions(body: ChatRequest) -> dict[str, object]:
         function = tool["function"]
         assert isinstance(function, dict), "bodies hold tools in one form"
         functions[function["name"]] = function["parameters"]
-    choice = body.tool_choice
-    if choice.name is not None:
-        if choice.name not in functions:
-            raise ToolError(f"Tool with name {choice.name[:60]} not found")
-        return {choice.name: functions[choice.name]}
-    if choice.mode == "required" and not functions:
+    name = body.tool_choice.name
+    if name is not None and name in functions:
+        return {name: functions[name]}
+    if name not in (None, ANY):
+        raise ToolError(f"Tool with name {name[:60]} not found")
+    if body.tool_choice.mode == "required" and not functions:
         raise ToolError("`tool_choice` is required, but there are no tools")
     return functions
 
 
-def _allows_several(body: ChatRequest) -> bool:
-    return body.parallel_tool_calls is not False and body.tool_choice.name is None
+def _allows_several(body: ChatRequest, functions: Mapping[str, object]) -> bool:
+    """Where there must be a call there is one, as with TGI, unless the client asks for several: what a model that would
+    rather answer says behind it is the same call again and again."""
+    choice = body.tool_choice
+    if choice.mode == "required":
+        return body.parallel_tool_calls is True and choice.name not in functions
+    return body.parallel_tool_calls is not False
 
 
 def _shape(
@@ -235,7 +247,7 @@ def _shape(
     structure = None if reading.only_calls else body.response_format
     calls = None
     if reading.tool_format is not None and (reading.only_calls or structure is not None):
-        calls = Calls(reading.tool_format.form, functions, _allows_several(body))
+        calls = Calls(reading.tool_format.form, functions, _allows_several(body, functions))
     try:
         return shape_answer(
             structure,
@@ -342,22 +354,21 @@ class _StreamWriter:
         self._readers = [ChatReader(self._reading) for _ in choices]
         self._begun = [False] * len(choices)
         plain = ChatDelta(PLACE)
-        self._frames = [FrameOfText(self._chunk(choice, _delta(plain, alone=False), None, None)) for choice in choices]
-        return ()
+        self._frames = [FrameOfText(self._chunk(choice, _delta(plain), None, None)) for choice in choices]
 
     def write(self, choice: Choice, event: TokenEvent) -> Iterator[Json | bytes]:
         """Nothing for a token whose text is held back, unless there is more to say of it than its text."""
         self._usage.num_completion += 1
         reader, begun = self._readers[choice.index], self._begun[choice.index]
         delta = reader.read(event)
-        is_between = begun and event.finish is None
-        is_plain = is_between and delta.is_plain and not self._tells_more
+        can_wait = event.finish is None and (begun or self._reading.only_calls)
+        is_plain = begun and event.finish is None and delta.is_plain and not self._tells_more
         framed = self._frames[choice.index].frame(delta.content) if is_plain else None
         if framed is not None:
             yield framed
-        elif delta or not is_between or self._body.logprobs:
+        elif delta or not can_wait or self._body.logprobs:
             self._begun[choice.index] = True
-            written = ({} if begun else {"role": "assistant"}) | _delta(delta, alone=not begun)
+            written = ({} if begun else {"role": "assistant"}) | _delta(delta or reader.silence)
             logprobs = chat_logprobs(self._services.tokenizer, [event]) if self._body.logprobs else None
             yield self._chunk(choice, written, logprobs, finish_reason(choice, event, has_calls=reader.has_calls))
 
@@ -371,10 +382,10 @@ class _StreamWriter:
             yield {**self._envelope, "choices": [], "usage": self._usage.to_json()}
 
 
-def _delta(delta: ChatDelta, *, alone: bool) -> dict[str, object]:
-    """`alone`: nothing else came before it, so that there is a content even if it is empty."""
+def _delta(delta: ChatDelta) -> dict[str, object]:
+    """With a content, even an empty one, if there is nothing else."""
     written: dict[str, object] = {}
-    if delta.content or (alone and not delta):
+    if delta.content or not (delta.reasoning or delta.calls):
         written["content"] = delta.content
     if delta.reasoning:
         written["reasoning_content"] = delta.reasoning

@@ -37,17 +37,17 @@ from router.errors import ValidationError
 UNSUPPORTED: Final[Mapping[str, tuple[object, ...]]] = {
     "background": (False,),
     "conversation": (),
-    "include": ([],),
     "max_tool_calls": (),
     "previous_response_id": (),
     "prompt": (),
-    "reasoning": ({},),
     "tool_choice": ("auto", "none"),
     "tools": ([],),
     "top_logprobs": (0,),
     "truncation": ("disabled",),
 }
 """Fields that ask for what is not there, with the values that do not."""
+LOGPROBS: Final = "message.output_text.logprobs"
+"""All else that can be included belongs to items that no answer here has."""
 
 
 async def responses(services: Services, request: Request, parsed: Parsed) -> Response:
@@ -70,6 +70,9 @@ def _check_supported(body: object) -> None:
     for name, harmless in UNSUPPORTED.items():
         if body.get(name) is not None and body[name] not in harmless:
             raise ValidationError(f"`{name}` is not supported")
+    include = body.get("include")
+    if isinstance(include, list) and LOGPROBS in include:
+        raise ValidationError(f"`include` of {LOGPROBS} is not supported")
     text = body.get("text")
     if isinstance(text, dict) and text.get("verbosity") not in (None, "medium"):
         raise ValidationError("`text.verbosity` is not supported")

@@ -49,7 +49,7 @@ def row_35_usage_comes_alone_and_last(servers: Servers) -> None:
     assert last.usage.total_tokens == last.usage.prompt_tokens + last.usage.completion_tokens
     assert all(chunk.usage is None for chunk in chunks)
     assert [chunk.choices[0].finish_reason for chunk in chunks] == [None] * (len(chunks) - 1) + ["stop"]
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == ANSWER
+    assert "".join(chunk.choices[0].delta.content for chunk in chunks) == ANSWER
 
 
 def row_35_no_usage_unless_asked_for(servers: Servers) -> None:
@@ -121,8 +121,9 @@ def row_37_a_required_call_is_streamed(servers: Servers) -> None:
             QUESTION, tools=[WEATHER], tool_choice="get_weather", stream=True, temperature=0.0, max_tokens=200
         )
     )
-    deltas = [delta for chunk in chunks for delta in chunk.choices[0].delta.tool_calls or ()]
+    deltas = [chunk.choices[0].delta.tool_calls[0] for chunk in chunks]
 
+    assert all(chunk.choices[0].delta.content is None for chunk in chunks)
     assert chunks[-1].choices[0].finish_reason == "tool_calls"
     assert [delta.function.name for delta in deltas] == ["get_weather"] + [None] * (len(deltas) - 1)
     check_weather("".join(delta.function.arguments for delta in deltas))
