@@ -91,7 +91,8 @@ def likeliest(history: Sequence[int], num_tokens: int, vocab_size: int) -> list[
 
 def make_rules(sampling: pb.Sampling, num_prompt_tokens: int, grammar: str, adapter: int = 0) -> bytes:
     """All that choosing depends on besides the history; whatever is lost of it changes every token."""
-    rules = sampling.SerializeToString(deterministic=True) + _pack([num_prompt_tokens, adapter]) + grammar.encode()
+    numbers = [num_prompt_tokens, adapter] if adapter else [num_prompt_tokens]
+    rules = sampling.SerializeToString(deterministic=True) + _pack(numbers) + grammar.encode()
     return COPYING + rules if sampling.seed >= COPYING_SEED else rules
 
 

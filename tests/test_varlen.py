@@ -201,7 +201,7 @@ def test_a_rank_that_is_lost_within_the_test_is_not_taken_for_a_kernel_that_refu
 def test_no_rank_attends_by_it_if_one_cannot(tmp_path: Path, with_flash: None) -> None:
     class OtherCannot(RankGroup):
         def all_reduce(self, tensor: Tensor) -> Tensor:
-            return tensor - 1
+            return torch.zeros_like(tensor)
 
     save_tiny(tmp_path, "llama", max_position_embeddings=700)
 
