@@ -106,6 +106,7 @@ class RestartingEngine:
 
     def __init__(self, restart_s: float) -> None:
         self.gauges = Gauges()
+        self.ready_in_s = 20.0  # which clients are told, and do not wait for
         self._restart_s = restart_s
         self._back_at_s: float | None = None
 
