@@ -20,7 +20,7 @@ from router.text.tokenizer import Tokenizer
 
 
 class BeamGeneration(Generation):
-    """A generation whose search goes on while it is read.
+    """A generation whose search goes on while it is read, and not by `pass_on`: requests that stream have no beams.
 
     `submit` queues a beam, and raises `NotReady` when there is nobody left to run it. `on_end` is told once: how the
     winner finished, what the search failed with, or None when its client left.

@@ -428,7 +428,7 @@ class Engine:
                 logger.exception("a token could not be published")
                 if emission.sequence in self._runs:
                     self._scheduler.cancel(emission.sequence)
-                    self._fail(emission.sequence, GenerationFailed("its text could not be decoded"))
+                    self._fail(emission.sequence, GenerationFailed("a token of it could not be told"))
 
     def _publish_events(self, emission: Emission) -> None:
         sequence = emission.sequence
